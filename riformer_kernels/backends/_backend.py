@@ -1,0 +1,45 @@
+"""What a backend is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the ops.
+
+    Attributes:
+        name: "cpu", "reference", ...
+        automatic: whether ``backend="auto"`` may choose it.
+        devices: device types served; empty for all.
+        dtypes: dtypes of the tokens.
+        unusable: why it cannot be used on this machine, or None; asked each time, so that a repaired install shows.
+        detail: one line for ``info`` and for reports, such as the instruction set chosen.
+        moments, embed, block, block_, norm, head: the ops, with the signatures of ``riformer_kernels.ops``.
+    """
+
+    name: str
+    automatic: bool
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    unusable: Callable[[], str | None]
+    detail: Callable[[], str]
+    moments: Callable[..., Any]
+    embed: Callable[..., Any]
+    block: Callable[..., Any]
+    block_: Callable[..., Any]
+    norm: Callable[..., Any]
+    head: Callable[..., Any]
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None when tokens of ``dtype`` on ``device`` are served, otherwise the reason."""
+        if self.devices and device.type not in self.devices:
+            return f"it serves {', '.join(self.devices)} tensors"
+        if dtype not in self.dtypes:
+            return f"it serves {', '.join(str(known).removeprefix('torch.') for known in self.dtypes)}"
+        return self.unusable()

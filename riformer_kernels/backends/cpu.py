@@ -1,0 +1,92 @@
+"""The native CPU backend: ``csrc/cpu`` built into a library that PyTorch loads; one instruction set chosen at load."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .. import ops  # noqa: F401  (the schemas must exist before the library adds its kernels)
+from ..errors import BackendError
+from ._backend import Backend
+
+LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "libriformer_cpu.so"
+BUILD_NOTE = LIBRARY.with_name("cpu_not_built.txt")
+ISA_VARIABLE = "RIFORMER_CPU_ISA"
+
+
+@cache
+def _load() -> str | None:
+    """Load the library once; None on success, otherwise the reason in one line."""
+    if not LIBRARY.is_file():
+        if BUILD_NOTE.is_file():
+            return BUILD_NOTE.read_text().strip()
+        return (
+            f"not built: {LIBRARY.name} is missing; install the package with a C++17 compiler present "
+            "(pip install --no-build-isolation .)"
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"{LIBRARY.name} does not load: {error}"
+    return None
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(LIBRARY))
+    library.riformer_cpu_describe.restype = ctypes.c_char_p
+    library.riformer_cpu_select.restype = ctypes.c_char_p
+    library.riformer_cpu_select.argtypes = [ctypes.c_char_p]
+    return library
+
+
+def unusable() -> str | None:
+    """Why the native backend cannot be used here, or None."""
+    reason = _load()
+    if reason is None and isa_status()["error"]:
+        reason = f"{ISA_VARIABLE}={os.environ.get(ISA_VARIABLE)}: {isa_status()['error']}"
+    return reason
+
+
+def isa_status() -> dict:
+    """What the library found: ``chosen``, ``supported`` and ``compiled`` instruction sets, ``features``, ``error``."""
+    if _load() is not None:
+        return {"chosen": None, "supported": [], "compiled": [], "features": {}, "error": None}
+    return json.loads(_library().riformer_cpu_describe())
+
+
+def select_isa(name: str) -> None:
+    """Use instruction set ``name`` from now on, in the whole process; "" for the automatic choice. For tests and
+    benchmarks: everyone else sets ``RIFORMER_CPU_ISA`` before the first use.
+
+    Raises:
+        BackendError: the machine lacks it (the features are named), it is unknown, or the library is not usable.
+    """
+    reason = _load() or _library().riformer_cpu_select(name.encode()).decode()
+    if reason:
+        raise BackendError(f"cannot select instruction set {name!r}: {reason}")
+
+
+def detail() -> str:
+    return str(isa_status()["chosen"])
+
+
+BACKEND = Backend(
+    name="cpu",
+    automatic=True,
+    devices=("cpu",),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    unusable=unusable,
+    detail=detail,
+    moments=torch.ops.riformer.moments.default,
+    embed=torch.ops.riformer.embed.default,
+    block=torch.ops.riformer.block.default,
+    block_=torch.ops.riformer.block_.default,
+    norm=torch.ops.riformer.norm.default,
+    head=torch.ops.riformer.head.default,
+)

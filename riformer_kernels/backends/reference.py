@@ -1,0 +1,23 @@
+"""Plain PyTorch: the ops' own references. Any device, any floating dtype; slow, and only on request."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import ops
+from ._backend import Backend
+
+BACKEND = Backend(
+    name="reference",
+    automatic=False,
+    devices=(),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    unusable=lambda: None,
+    detail=lambda: "plain PyTorch",
+    moments=ops.moments.reference,
+    embed=ops.embed.reference,
+    block=ops.block.reference,
+    block_=ops.block.reference_in_place,
+    norm=ops.norm.reference,
+    head=ops.head.reference,
+)

@@ -1,0 +1,99 @@
+"""The error-ratio rule: an implementation is judged by eager PyTorch's own error, never by a fixed tolerance.
+
+Golden: float64 on inputs and parameters that were first rounded to the tested dtype. Our error and eager's error in
+that dtype are both taken against it, and four figures are compared as ratios (ours / eager's), with no additive term:
+the largest error, the root mean square (RMS), the RMS of the worst channel and the RMS of the worst position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ErrorFigures:
+    """Errors of one tensor against golden, absolute: largest, RMS, RMS of the worst channel and of the worst position."""
+
+    max: float
+    rms: float
+    channel: float
+    position: float
+
+
+@dataclass(frozen=True)
+class ErrorRatios:
+    """Ours over eager's, figure by figure, with the limits that the rule sets for the dtype."""
+
+    max: float
+    rms: float
+    channel: float
+    position: float
+    limits: ErrorFigures
+    ours: ErrorFigures
+    eager: ErrorFigures
+
+    @property
+    def passed(self) -> bool:
+        return not self.exceeded
+
+    @property
+    def exceeded(self) -> list[str]:
+        """The figures above their limit, as text. A NaN ratio is above every limit."""
+        found = []
+        for figure in ("max", "rms", "channel", "position"):
+            ratio, limit = getattr(self, figure), getattr(self.limits, figure)
+            if not ratio <= limit:
+                found.append(f"{figure} {ratio:.3g}x (limit {limit:g}x)")
+        return found
+
+    def as_dict(self) -> dict:
+        return {**asdict(self), "passed": self.passed}
+
+
+def limits_for(dtype: torch.dtype) -> ErrorFigures:
+    """max 2, RMS 1.25, channel 2, position 3; float32 RMS 2, as eager's two memory formats differ by 1.7 to 2x there."""
+    return ErrorFigures(max=2.0, rms=2.0 if dtype == torch.float32 else 1.25, channel=2.0, position=3.0)
+
+
+def figures(value: torch.Tensor, golden: torch.Tensor) -> ErrorFigures:
+    """Errors of ``value`` against ``golden`` (float64, same shape): [B, C, ...] with channels second, or [B, C]."""
+    if value.shape != golden.shape:
+        raise ValueError(f"shapes differ: {tuple(value.shape)} against golden {tuple(golden.shape)}")
+    if value.numel() == 0:
+        return ErrorFigures(0.0, 0.0, 0.0, 0.0)
+    error = (value.detach().to(torch.float64) - golden.to(torch.float64)).reshape(value.shape[0], value.shape[1], -1)
+    square = error.square()
+    return ErrorFigures(
+        max=error.abs().max().item(),
+        rms=square.mean().sqrt().item(),
+        channel=square.mean(dim=(0, 2)).max().sqrt().item(),
+        position=square.mean(dim=1).max().sqrt().item(),
+    )
+
+
+def _ratio(ours: float, eager: float) -> float:
+    if ours == 0.0:
+        return 0.0
+    return ours / eager if eager > 0.0 else float("inf")
+
+
+def compare(ours: torch.Tensor, eager: torch.Tensor, golden: torch.Tensor, dtype: torch.dtype | None = None) -> ErrorRatios:
+    """The four ratios of ``ours`` against ``eager``, both measured against ``golden``.
+
+    Args:
+        ours, eager: results of the same shape.
+        golden: the same in float64.
+        dtype: the dtype whose limits apply; default ``eager``'s.
+    """
+    mine, theirs = figures(ours, golden), figures(eager, golden)
+    return ErrorRatios(
+        max=_ratio(mine.max, theirs.max),
+        rms=_ratio(mine.rms, theirs.rms),
+        channel=_ratio(mine.channel, theirs.channel),
+        position=_ratio(mine.position, theirs.position),
+        limits=limits_for(dtype or eager.dtype),
+        ours=mine,
+        eager=theirs,
+    )
