@@ -1,0 +1,80 @@
+// Storage types of tensors and their scalar conversions (round to nearest even), shared by host and device code.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace riformer {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// Everything here is static: the same header is compiled for several instruction sets, and a shared copy could be the
+// one that this machine cannot run.
+static inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+static inline float widen(float value) { return value; }
+static inline float widen(bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+static inline float widen(f16 value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
+  const uint32_t magnitude = value.bits & 0x7fff;
+  uint32_t bits;
+  if (magnitude >= 0x7c00) {
+    bits = sign | 0x7f800000 | ((magnitude & 0x3ff) << 13);
+  } else if (magnitude >= 0x0400) {
+    bits = sign | ((magnitude << 13) + 0x38000000);
+  } else {
+    const float subnormal = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &subnormal, 4);
+    bits |= sign;
+  }
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+static inline void narrow(float value, float& out) { out = value; }
+static inline void narrow(float value, bf16& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) {
+    out.bits = static_cast<uint16_t>((bits >> 16) | 0x40);
+    return;
+  }
+  out.bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+static inline void narrow(float value, f16& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) {
+    out.bits = static_cast<uint16_t>(sign | 0x7e00);
+  } else if (magnitude >= 0x477ff000) {  // rounds to 65536 or more
+    out.bits = static_cast<uint16_t>(sign | 0x7c00);
+  } else if (magnitude >= 0x38800000) {
+    const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
+    out.bits = static_cast<uint16_t>(sign | ((rounded - 0x38000000) >> 13));
+  } else {
+    // Adding 0.5 to a magnitude below 2^-14 leaves it, in units of 2^-24 and rounded to even, in the low bits.
+    float shifted;
+    std::memcpy(&shifted, &magnitude, 4);
+    shifted += 0.5f;
+    uint32_t low;
+    std::memcpy(&low, &shifted, 4);
+    out.bits = static_cast<uint16_t>(sign | (low - 0x3f000000));
+  }
+}
+
+}  // namespace riformer

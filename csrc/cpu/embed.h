@@ -1,0 +1,246 @@
+// The stem and the downsampling convolutions: products of the weights with panels gathered from the image.
+#pragma once
+
+#include <atomic>
+
+#include "gemm.h"
+#include "moments.h"
+
+namespace riformer::RIFORMER_ISA {
+
+// `n` elements, `step` apart, as float32. The steps that RIFormer uses are constants, which the compiler turns into
+// shuffles of whole vectors.
+template <class X>
+inline void gather(const X* from, int64_t step, int64_t n, float* to) {
+  if (step == 2)
+    for (int64_t j = 0; j < n; ++j) to[j] = widen(from[2 * j]);
+  else if (step == 4)
+    for (int64_t j = 0; j < n; ++j) to[j] = widen(from[4 * j]);
+  else
+    for (int64_t j = 0; j < n; ++j) to[j] = widen(from[step * j]);
+}
+
+// Rows of two input channels, padded and split by column modulo the stride: in phase p, element j is padded column
+// j * stride + p. A tap of the kernel then reads consecutive elements for consecutive output columns.
+struct Phases {
+  float* data;
+  int64_t stride, columns, pitch, row_size, channel_size;
+
+  static int64_t columns_of(const cpu::EmbedArgs& args) { return args.out_width + (args.kernel_width - 1) / args.stride; }
+  static int64_t floats(const cpu::EmbedArgs& args, int64_t rows) {
+    return 2 * rows * args.stride * round_up(columns_of(args), 16);
+  }
+  Phases(const cpu::EmbedArgs& args, int64_t rows, float* data_)
+      : data(data_),
+        stride(args.stride),
+        columns(columns_of(args)),
+        pitch(round_up(columns, 16)),
+        row_size(stride * pitch),
+        channel_size(rows * row_size) {}
+
+  // Padded input rows [first, first + rows) of `channel` of `image` into slot 0 or 1.
+  template <class X>
+  void fill(const cpu::EmbedArgs& args, int64_t image, int64_t channel, int64_t first, int64_t rows, int slot) const {
+    const X* plane = static_cast<const X*>(args.x) + image * args.stride_batch + channel * args.stride_channel;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t y = first + r - args.padding;
+      const bool inside = y >= 0 && y < args.height;
+      for (int64_t p = 0; p < stride; ++p) {
+        float* to = data + slot * channel_size + r * row_size + p * pitch;
+        const int64_t before = args.padding - p;  // padded columns of this phase that lie left of the image
+        int64_t begin = before > 0 ? (before + stride - 1) / stride : 0;
+        int64_t end = inside && args.width > p - args.padding ? (args.width - 1 + before) / stride + 1 : 0;
+        end = end < columns ? end : columns;
+        begin = begin < end ? begin : end;
+        if (begin < end)
+          gather(plane + y * args.stride_row + (begin * stride - before) * args.stride_column,
+                 stride * args.stride_column, end - begin, to + begin);
+        for (int64_t j = 0; j < begin; ++j) to[j] = 0.f;
+        for (int64_t j = end; j < columns; ++j) to[j] = 0.f;
+      }
+    }
+  }
+
+  const float* tap(int slot, int64_t row, int64_t ky, int64_t kx) const {
+    return data + slot * channel_size + (row * stride + ky) * row_size + kx % stride * pitch + kx / stride;
+  }
+};
+
+template <class X, class T, class Gemm>
+struct EmbedKernel {
+  using Element = typename Gemm::Element;
+  static constexpr int kTokens = Gemm::kTokens;
+  static constexpr int64_t kCacheBytes = RIFORMER_TASK_BYTES;
+
+  const cpu::EmbedArgs& args;
+  int64_t depth, padded;
+  Tasks tasks;
+  int64_t max_rows;  // input rows under one task's positions of one image
+  const float* bias = nullptr;
+  float* partial = nullptr;
+  std::atomic<int64_t> missing{0};
+
+  static int64_t wanted_tokens(int64_t padded) {
+    const int64_t fit = kCacheBytes / (padded * static_cast<int64_t>(sizeof(Element))) / kTokens * kTokens;
+    return fit < kTokens ? kTokens : (fit < 384 ? fit : 384);
+  }
+
+  EmbedKernel(const cpu::EmbedArgs& args_)
+      : args(args_),
+        depth(args.in_channels * args.kernel_height * args.kernel_width),
+        padded(round_up(depth, Gemm::kStep < 2 ? 2 : Gemm::kStep)),
+        tasks(Tiles(args.batch, args.out_height * args.out_width), wanted_tokens(padded), args.pool.threads) {
+    const int64_t spanned = (tasks.max_tokens() + args.out_width - 1) / args.out_width + 1;
+    const int64_t out_rows = spanned < args.out_height ? spanned : args.out_height;
+    max_rows = (out_rows - 1) * args.stride + args.kernel_height;
+  }
+
+  struct Memory {
+    Element *panel, *weights;
+    float *rows, *phases;
+    Piece* pieces;
+    int* first_piece;  // of each panel
+    int64_t bytes;
+  };
+  Memory memory(void* base) const {
+    Arena arena{static_cast<char*>(base)};
+    const int64_t panels = (tasks.max_tokens() + kTokens - 1) / kTokens;
+    Memory m;
+    m.panel = arena.take<Element>(panels * padded * kTokens);
+    m.weights = arena.take<Element>(Gemm::kCopiedRows * padded);
+    m.rows = arena.take<float>(Gemm::kRows * kTokens);
+    m.phases = arena.take<float>(Phases::floats(args, max_rows));
+    m.pieces = arena.take<Piece>(max_pieces(tasks, kTokens));
+    m.first_piece = arena.take<int>(panels);
+    m.bytes = arena.used;
+    return m;
+  }
+
+  // One tap of slot 0 or 1; slot -1 stands for zeros.
+  struct Tap {
+    int slot;
+    int64_t ky, kx;
+  };
+  Tap tap_of(int64_t index, int channels) const {
+    const int64_t taps = args.kernel_height * args.kernel_width;
+    const int slot = static_cast<int>(index / taps);
+    if (slot >= channels) return {-1, 0, 0};
+    return {slot, index % taps / args.kernel_width, index % taps % args.kernel_width};
+  }
+
+  // Rows k and k + 1 of the panels, for the positions of one piece.
+  void put_taps(const Piece& piece, int64_t first_row, int64_t k, Tap a, Tap b, const Phases& phases, const Memory& m) const {
+    Element* panel = m.panel + piece.panel * padded * kTokens;
+    int64_t row = piece.position / args.out_width, column = piece.position % args.out_width;
+    for (int done = 0; done < piece.length;) {
+      const int64_t room = args.out_width - column;
+      const int run = static_cast<int>(piece.length - done < room ? piece.length - done : room);
+      const float* from_a = phases.tap(a.slot, row - first_row, a.ky, a.kx) + column;
+      const float* from_b = b.slot < 0 ? nullptr : phases.tap(b.slot, row - first_row, b.ky, b.kx) + column;
+      for (int j = 0; j < run; j += Vec::kLanes) {
+        const Vec value_b = from_b ? Vec::load_n(from_b + j, run - j) : Vec::zero();
+        Gemm::put(panel, k, piece.token + done + j, Vec::load_n(from_a + j, run - j), value_b, run - j);
+      }
+      done += run;
+      column = 0;
+      ++row;
+    }
+  }
+
+  // Fills the panels with the pieces [first, last), which are one run of positions of one image.
+  void fill(const Piece* first, const Piece* last, const Memory& m) const {
+    const int64_t image = first->image, end = last[-1].position + last[-1].length;
+    const int64_t first_row = first->position / args.out_width, last_row = (end - 1) / args.out_width;
+    const int64_t rows = (last_row - first_row) * args.stride + args.kernel_height;
+    const int64_t taps = args.kernel_height * args.kernel_width;
+    const Phases phases(args, max_rows, m.phases);
+    for (int64_t channel = 0; channel < args.in_channels; channel += 2) {
+      const int channels = channel + 1 < args.in_channels ? 2 : 1;
+      for (int slot = 0; slot < channels; ++slot)
+        phases.fill<X>(args, image, channel + slot, first_row * args.stride, rows, slot);
+      for (const Piece* piece = first; piece < last; ++piece)
+        if (args.weight_channels_last)
+          for (int64_t t = 0; t < taps; ++t)
+            put_taps(*piece, first_row, t * args.in_channels + channel, tap_of(t, channels), tap_of(t + taps, channels),
+                     phases, m);
+        else
+          for (int64_t t = 0; t < channels * taps; t += 2)
+            put_taps(*piece, first_row, channel * taps + t, tap_of(t, channels), tap_of(t + 1, channels), phases, m);
+    }
+  }
+
+  void run_task(int64_t task) {
+    const int64_t first = tasks.first(task), last = tasks.first(task + 1);
+    if (first == last) return;
+    const int64_t bytes = memory(nullptr).bytes;
+    void* base = cpu::thread_scratch(bytes);
+    if (!base) {
+      missing.store(bytes);
+      return;
+    }
+    const Memory m = memory(base);
+    int64_t tokens;
+    const int pieces = cut_pieces(tasks.tiles, first, last, kTokens, m.pieces, &tokens);
+    clear_padding<Gemm>(m.panel, tokens, round_up(depth, 2), padded);
+    for (int i = 0, run = 0; i < pieces; ++i) {
+      if (m.pieces[i].token == 0) m.first_piece[m.pieces[i].panel] = i;
+      if (i + 1 < pieces && m.pieces[i + 1].image == m.pieces[i].image) continue;
+      fill(m.pieces + run, m.pieces + i + 1, m);
+      run = i + 1;
+    }
+    const int64_t positions = tasks.tiles.positions;
+    const WeightPart part{args.weight.data, args.weight.dtype, 0, depth, args.channels, depth};
+    multiply_panels<Gemm>(
+        part, m.panel, tokens, padded, false, m.weights, [&](int64_t, int64_t) { return m.rows; },
+        [&](int64_t p, int64_t row, int64_t rows, int, const float* c) {
+          for (int piece = m.first_piece[p]; piece < pieces && m.pieces[piece].panel == p; ++piece) {
+            const Piece& at = m.pieces[piece];
+            for (int64_t i = 0; i < rows; ++i) {
+              T* out = static_cast<T*>(args.out) + (at.image * args.channels + row + i) * positions + at.position;
+              const Vec shift = Vec::broadcast(bias[row + i]);
+              for (int j = 0; j < at.length; j += Vec::kLanes)
+                (Vec::load_n(c + i * kTokens + at.token + j, at.length - j) + shift).store_n(out + j, at.length - j);
+            }
+          }
+        });
+    if (args.moments_out)
+      for (int64_t tile = first; tile < last; ++tile)
+        tile_moments(static_cast<const T*>(args.out), tasks.tiles, tile, args.channels, partial);
+  }
+
+  static void run_tasks(int64_t begin, int64_t end, void* context) {
+    Gemm::begin();
+    for (int64_t task = begin; task < end; ++task) static_cast<EmbedKernel*>(context)->run_task(task);
+    Gemm::end();
+  }
+
+  int64_t run() {
+    const int64_t partial_floats = args.moments_out ? tasks.tiles.count() * 2 * args.channels : 0;
+    const int64_t bytes = (args.channels + partial_floats) * static_cast<int64_t>(sizeof(float));
+    const Buffer buffer(bytes);
+    if (!buffer.data) return bytes;
+    float* shift = static_cast<float*>(buffer.data);
+    partial = shift + args.channels;
+    read_all(args.bias, args.channels, 0, shift);
+    bias = shift;
+    args.pool.run(tasks.count, &run_tasks, this);
+    if (missing.load() == 0 && args.moments_out)
+      merge_all(args.pool, partial, tasks.tiles, args.channels, args.moments_out);
+    return missing.load();
+  }
+};
+
+template <class X>
+inline int64_t embed_from(const cpu::EmbedArgs& args) {
+  if (args.dtype == DType::f32) return EmbedKernel<X, float, typename GemmFor<float>::Type>(args).run();
+  if (args.dtype == DType::bf16) return EmbedKernel<X, bf16, typename GemmFor<bf16>::Type>(args).run();
+  return EmbedKernel<X, f16, typename GemmFor<f16>::Type>(args).run();
+}
+
+inline int64_t embed(const cpu::EmbedArgs& args) {
+  if (args.x_dtype == DType::f32) return embed_from<float>(args);
+  if (args.x_dtype == DType::bf16) return embed_from<bf16>(args);
+  return embed_from<f16>(args);
+}
+
+}  // namespace riformer::RIFORMER_ISA

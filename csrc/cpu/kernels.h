@@ -1,0 +1,112 @@
+// What the kernels of one instruction set offer, in plain pointers and sizes. Nothing here knows about torch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../common/dtypes.h"
+
+namespace riformer::cpu {
+
+// Runs task(begin, end, context) over [0, count) on PyTorch's own threads.
+struct Pool {
+  void (*run)(int64_t count, void (*task)(int64_t begin, int64_t end, void* context), void* context);
+  int64_t threads;
+};
+
+// A parameter in its own dtype and memory, row-major; data is null where it is absent.
+struct Parameter {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+};
+
+// Tokens are [batch, channels, positions], positions contiguous. Moments are [batch, 2, channels]: mean, then centred
+// sum of squares.
+struct BlockArgs {
+  const void* x;
+  void* out;  // may be x
+  DType dtype;
+  int64_t batch, channels, positions, hidden;
+  const float* moments;  // null with per_position
+  float* moments_out;    // null with per_position
+  Parameter layer_scale_1, norm1_weight, norm1_bias, affine_weight, affine_bias;
+  double eps1;
+  Parameter norm2_weight, norm2_bias;
+  double eps2;
+  Parameter fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale_2;
+  bool per_position, residual;
+  Pool pool;
+};
+
+struct EmbedArgs {
+  const void* x;
+  DType x_dtype;
+  int64_t batch, in_channels, height, width;
+  int64_t stride_batch, stride_channel, stride_row, stride_column;  // of x, in elements
+  Parameter weight, bias;
+  bool weight_channels_last;  // weight is [channels][kernel_height][kernel_width][in_channels]; in_channels is even
+  int64_t channels, kernel_height, kernel_width, stride, padding, out_height, out_width;
+  void* out;
+  DType dtype;
+  float* moments_out;  // null when not wanted
+  Pool pool;
+};
+
+struct NormArgs {
+  const void* x;
+  DType x_dtype;
+  void* out;
+  DType dtype;
+  int64_t batch, channels, positions;
+  const float* moments;
+  Parameter weight, bias;
+  double eps;
+  bool per_position;
+  Pool pool;
+};
+
+struct HeadArgs {
+  const void* x;
+  DType x_dtype;
+  int64_t batch, channels, positions, classes;
+  const float* moments;
+  Parameter norm_weight, norm_bias;
+  double eps;
+  Parameter fc_weight, fc_bias;
+  bool per_position;
+  void* out;
+  DType dtype;
+  Pool pool;
+};
+
+struct MomentsArgs {
+  const void* x;
+  DType dtype;
+  int64_t batch, channels, positions;
+  float* moments_out;
+  Pool pool;
+};
+
+// The kernels of one instruction set. Each returns the bytes of memory that it could not get, 0 on success.
+struct Kernels {
+  const char* name;
+  int64_t (*moments)(const MomentsArgs&);
+  int64_t (*embed)(const EmbedArgs&);
+  int64_t (*block)(const BlockArgs&);
+  int64_t (*norm)(const NormArgs&);
+  int64_t (*head)(const HeadArgs&);
+};
+
+extern const Kernels kScalarKernels;
+#ifdef RIFORMER_X86
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAmxKernels;
+extern const Kernels kAmxEmulatedKernels;
+#endif
+
+// At least `bytes` of 64-byte aligned memory that belongs to the calling thread until its next call; null when there
+// is none to be had. It grows and is kept, since a stage asks for the same amount over and over.
+void* thread_scratch(int64_t bytes);
+
+}  // namespace riformer::cpu

@@ -1,0 +1,42 @@
+// AMX bf16 tiles for bfloat16 tokens; everything else as AVX-512. Compiled a second time with RIFORMER_AMX_EMULATED.
+#include <cstdlib>
+
+#ifdef RIFORMER_AMX_EMULATED
+#define RIFORMER_ISA amx_emulated
+#else
+#define RIFORMER_ISA amx
+#endif
+#define RIFORMER_GEMM_ROWS 8
+#define RIFORMER_GEMM_VECTORS 3
+#define RIFORMER_TASK_BYTES (1024 * 1024)
+
+#include "vec_avx512.h"
+#include "vec_math.h"
+// Below here everything is written once, for the vector type above.
+#include "gemm.h"
+#include "amx_tile.h"
+
+namespace riformer::RIFORMER_ISA {
+template <class T>
+struct GemmFor {
+  using Type = GemmFloat32;
+};
+template <>
+struct GemmFor<bf16> {
+  using Type = GemmAmx;
+};
+}  // namespace riformer::RIFORMER_ISA
+
+#include "block.h"
+#include "embed.h"
+#include "head.h"
+#include "norm.h"
+
+namespace riformer::cpu {
+#ifdef RIFORMER_AMX_EMULATED
+const Kernels kAmxEmulatedKernels = {"amx-emulated",      amx_emulated::moments, amx_emulated::embed,
+                                     amx_emulated::block, amx_emulated::norm,    amx_emulated::head};
+#else
+const Kernels kAmxKernels = {"amx", amx::moments, amx::embed, amx::block, amx::norm, amx::head};
+#endif
+}  // namespace riformer::cpu

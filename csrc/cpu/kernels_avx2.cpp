@@ -1,0 +1,28 @@
+// AVX2, FMA and F16C: float32 products for every dtype.
+#include <cstdlib>
+
+#define RIFORMER_ISA avx2
+#define RIFORMER_GEMM_ROWS 4
+#define RIFORMER_GEMM_VECTORS 3
+#define RIFORMER_TASK_BYTES (192 * 1024)
+
+#include "vec_avx2.h"
+#include "vec_math.h"
+// Below here everything is written once, for the vector type above.
+#include "gemm.h"
+
+namespace riformer::avx2 {
+template <class T>
+struct GemmFor {
+  using Type = GemmFloat32;
+};
+}  // namespace riformer::avx2
+
+#include "block.h"
+#include "embed.h"
+#include "head.h"
+#include "norm.h"
+
+namespace riformer::cpu {
+const Kernels kAvx2Kernels = {"avx2", avx2::moments, avx2::embed, avx2::block, avx2::norm, avx2::head};
+}

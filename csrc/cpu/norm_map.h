@@ -1,0 +1,107 @@
+// The norms as maps of x: coefficients from moments (GroupNorm with one group), or statistics of each position's
+// channels (LayerNorm), and the fold of the token mixer's affine.
+#pragma once
+
+#include <cmath>
+
+#include "tiles.h"
+
+namespace riformer::RIFORMER_ISA {
+
+// gamma (s - 1) and beta (s - 1) + t of channel c; gamma and beta themselves for a deployed block.
+inline void folded_norm1(const cpu::BlockArgs& args, int64_t c, double* weight, double* bias) {
+  const double difference = args.affine_weight.data ? read(args.affine_weight, c, 0) - 1. : 1.;
+  *weight = read(args.norm1_weight, c, 1) * difference;
+  *bias = read(args.norm1_bias, c, 0) * difference + read(args.affine_bias, c, 0);
+}
+
+// Mean and rstd of one image from its moments. Channel by channel the moments of a x + d are a m + d and a^2 V; here
+// a and d are functions, so that the statistics of y need no pass over y. Double, as 2C numbers stand for the image.
+template <class Mean, class Centred>
+inline void image_statistics(int64_t channels, int64_t positions, double eps, Mean mean, Centred centred, double* mu,
+                             double* rstd) {
+  double total = 0;
+  for (int64_t c = 0; c < channels; ++c) total += mean(c);
+  *mu = total / static_cast<double>(channels);
+  double spread = 0;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double difference = mean(c) - *mu;
+    spread += centred(c) + static_cast<double>(positions) * difference * difference;
+  }
+  *rstd = 1. / std::sqrt(spread / (static_cast<double>(positions) * static_cast<double>(channels)) + eps);
+}
+
+// Coefficients of one image, [4][channels] floats after one vector that holds the centre. With p the centre (mu1
+// rounded to float32, subtracted first so that a large mean cancels exactly):
+//     y = x + y_scale (x - p) + y_shift          z = z_scale (x - p) + z_shift = norm2(y)
+struct ImageMap {
+  float* centre;
+  float *z_scale, *z_shift, *y_scale, *y_shift;
+
+  static int64_t floats(int64_t channels) { return 16 + 4 * channels; }
+  ImageMap(float* memory, int64_t image, int64_t channels) {
+    centre = memory + image * floats(channels);
+    z_scale = centre + 16;
+    z_shift = z_scale + channels;
+    y_scale = z_shift + channels;
+    y_shift = y_scale + channels;
+  }
+};
+
+inline void make_block_map(const cpu::BlockArgs& args, int64_t image, const ImageMap& map) {
+  const int64_t channels = args.channels;
+  const float* mean = args.moments + image * 2 * channels;
+  const float* centred = mean + channels;
+  double mu1, rstd1;
+  image_statistics(
+      channels, args.positions, args.eps1, [&](int64_t c) { return static_cast<double>(mean[c]); },
+      [&](int64_t c) { return static_cast<double>(centred[c]); }, &mu1, &rstd1);
+  const double centre = static_cast<float>(mu1);
+  *map.centre = static_cast<float>(mu1);
+  for (int64_t c = 0; c < channels; ++c) {
+    double scale = 0, shift = 0;
+    if (args.norm1_weight.data) {
+      double weight, bias;
+      folded_norm1(args, c, &weight, &bias);
+      const double layer_scale = read(args.layer_scale_1, c, 1);
+      scale = layer_scale * weight * rstd1;
+      shift = layer_scale * bias + scale * (centre - mu1);
+    }
+    map.y_scale[c] = static_cast<float>(scale);
+    map.y_shift[c] = static_cast<float>(shift);
+  }
+  const auto mean_y = [&](int64_t c) {
+    return mean[c] + static_cast<double>(map.y_scale[c]) * (mean[c] - centre) + static_cast<double>(map.y_shift[c]);
+  };
+  const auto centred_y = [&](int64_t c) {
+    const double a = 1. + map.y_scale[c];
+    return a * a * centred[c];
+  };
+  double mu2, rstd2;
+  image_statistics(channels, args.positions, args.eps2, mean_y, centred_y, &mu2, &rstd2);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double gain = rstd2 * read(args.norm2_weight, c, 1);
+    map.z_scale[c] = static_cast<float>((1. + map.y_scale[c]) * gain);
+    map.z_shift[c] = static_cast<float>((centre + map.y_shift[c] - mu2) * gain + read(args.norm2_bias, c, 0));
+  }
+}
+
+// Mean and rstd over the channels of the positions in one vector; column[c * stride] are the channels. Four sums, so
+// that the additions do not wait for each other.
+template <class Load>
+inline void position_statistics(int64_t channels, double eps, Load load, Vec* mean, Vec* rstd) {
+  Vec sums[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+  for (int64_t c = 0; c < channels; ++c) sums[c & 3] = sums[c & 3] + load(c);
+  const Vec share = Vec::broadcast(1.f / static_cast<float>(channels));
+  const Vec mu = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * share;
+  for (auto& sum : sums) sum = Vec::zero();
+  for (int64_t c = 0; c < channels; ++c) {
+    const Vec difference = load(c) - mu;
+    sums[c & 3] = fma(difference, difference, sums[c & 3]);
+  }
+  const Vec variance = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * share;
+  *mean = mu;
+  *rstd = rsqrt(variance + Vec::broadcast(static_cast<float>(eps)));
+}
+
+}  // namespace riformer::RIFORMER_ISA

@@ -1,0 +1,135 @@
+// How tokens are cut up: tiles that own their moments, tasks that are runs of tiles, and the pieces of a task.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace riformer::RIFORMER_ISA {
+
+using cpu::Parameter;
+using cpu::Pool;
+
+// A tile is a fixed run of positions of one image. The moments are taken per tile and merged in order, so the cut must
+// not depend on the batch or on the threads: it is a function of the number of positions alone.
+struct Tiles {
+  int64_t batch, positions, size, per_image;
+
+  Tiles(int64_t batch_, int64_t positions_)
+      : batch(batch_), positions(positions_), size(positions_ <= 256 ? 16 : 64), per_image((positions_ + size - 1) / size) {}
+
+  int64_t count() const { return batch * per_image; }
+  int64_t image(int64_t tile) const { return tile / per_image; }
+  int64_t start(int64_t tile) const { return tile % per_image * size; }
+  int64_t length(int64_t tile) const {
+    const int64_t left = positions - start(tile);
+    return left < size ? left : size;
+  }
+};
+
+// Tasks are runs of whole tiles of about `wanted` tokens, as many as there are threads or a multiple of it.
+struct Tasks {
+  Tiles tiles;
+  int64_t count, tiles_per_task;
+
+  Tasks(const Tiles& tiles_, int64_t wanted, int64_t threads) : tiles(tiles_) {
+    const int64_t total = tiles.count();
+    const int64_t fit = wanted / tiles.size > 0 ? wanted / tiles.size : 1;
+    int64_t tasks = (total + fit - 1) / fit;
+    tasks = (tasks + threads - 1) / threads * threads;
+    count = tasks < total ? tasks : total;
+    tiles_per_task = count > 0 ? (total + count - 1) / count : 0;
+  }
+  int64_t first(int64_t task) const { return task * tiles.count() / count; }
+  int64_t max_tokens() const { return tiles_per_task * tiles.size; }
+};
+
+// A piece is a run of positions of one image that lies in one panel.
+struct Piece {
+  int64_t image, position;
+  int panel, token, length;
+};
+
+// The pieces of tiles [first, last), their tokens numbered one after the other. Returns their count; *tokens receives
+// the number of tokens.
+inline int cut_pieces(const Tiles& tiles, int64_t first, int64_t last, int panel_tokens, Piece* pieces, int64_t* tokens) {
+  int count = 0;
+  int64_t lane = 0;
+  int64_t tile = first;
+  while (tile < last) {
+    const int64_t image = tiles.image(tile);
+    int64_t position = tiles.start(tile);
+    int64_t length = 0;
+    for (; tile < last && tiles.image(tile) == image; ++tile) length += tiles.length(tile);
+    while (length > 0) {
+      const int token = static_cast<int>(lane % panel_tokens);
+      const int64_t room = panel_tokens - token;
+      const int run = static_cast<int>(length < room ? length : room);
+      pieces[count++] = {image, position, static_cast<int>(lane / panel_tokens), token, run};
+      position += run;
+      lane += run;
+      length -= run;
+    }
+  }
+  *tokens = lane;
+  return count;
+}
+
+inline int64_t max_pieces(const Tasks& tasks, int panel_tokens) {
+  return tasks.tiles_per_task + tasks.max_tokens() / panel_tokens + 2;
+}
+
+// Vectors in use in panel `panel` of a task with `tokens` tokens.
+template <class Gemm>
+inline int vectors_in(int64_t tokens, int64_t panel) {
+  const int64_t left = tokens - panel * Gemm::kTokens;
+  const int64_t vectors = (left + Vec::kLanes - 1) / Vec::kLanes;
+  return static_cast<int>(vectors < Gemm::kVectors ? vectors : Gemm::kVectors);
+}
+
+// Zero what no piece writes: the lanes past the last token, and the rows between depth and padded depth.
+template <class Gemm>
+inline void clear_padding(typename Gemm::Element* panels, int64_t tokens, int64_t depth, int64_t padded) {
+  const int64_t count = (tokens + Gemm::kTokens - 1) / Gemm::kTokens;
+  const int64_t last = count - 1;
+  const int used = static_cast<int>(tokens - last * Gemm::kTokens);
+  const int edge = vectors_in<Gemm>(tokens, last) * Vec::kLanes;
+  typename Gemm::Element* ragged = panels + last * padded * Gemm::kTokens;
+  for (int64_t k = 0; k < depth && used < edge; k += 2)
+    for (int token = used; token < edge; token += Vec::kLanes) {
+      const int n = edge - token < Vec::kLanes ? edge - token : Vec::kLanes;
+      Gemm::put(ragged, k, token, Vec::zero(), Vec::zero(), n);
+    }
+  for (int64_t p = 0; p < count; ++p)
+    for (int64_t k = depth; k < padded; k += 2)
+      for (int token = 0; token < Gemm::kTokens; token += Vec::kLanes)
+        Gemm::put(panels + p * padded * Gemm::kTokens, k, token, Vec::zero(), Vec::zero(), Vec::kLanes);
+}
+
+// Hands out aligned parts of one allocation; with a null base it only adds up.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* out = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return out;
+  }
+};
+
+inline double read(const Parameter& parameter, int64_t index, double absent) {
+  if (!parameter.data) return absent;
+  switch (parameter.dtype) {
+    case DType::f32: return static_cast<const float*>(parameter.data)[index];
+    case DType::bf16: return widen(static_cast<const bf16*>(parameter.data)[index]);
+    default: return widen(static_cast<const f16*>(parameter.data)[index]);
+  }
+}
+
+inline void read_all(const Parameter& parameter, int64_t count, double absent, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(read(parameter, i, absent));
+}
+
+}  // namespace riformer::RIFORMER_ISA

@@ -1,0 +1,59 @@
+// The vector type of the plain C++ kernels: one lane. Also the definition of what the wider ones must compute.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../common/dtypes.h"
+
+namespace riformer::RIFORMER_ISA {
+
+// One vector of float32 lanes. `n` counts lanes: a partial load fills the others with zero, a partial store leaves
+// memory past `n` untouched.
+struct Vec {
+  static constexpr int kLanes = 1;
+  float v;
+
+  static Vec broadcast(float value) { return {value}; }
+  static Vec zero() { return {0.f}; }
+  template <class T>
+  static Vec load(const T* from) {
+    return {widen(*from)};
+  }
+  template <class T>
+  static Vec load_n(const T* from, int) {
+    return {widen(*from)};
+  }
+  template <class T>
+  void store(T* to) const {
+    narrow(v, *to);
+  }
+  template <class T>
+  void store_n(T* to, int) const {
+    narrow(v, *to);
+  }
+  float sum() const { return v; }
+};
+
+inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {std::fma(a.v, b.v, c.v)}; }
+inline Vec clamp(Vec a, Vec low, Vec high) {  // NaN stays NaN
+  const float floor = a.v < low.v ? low.v : a.v;
+  return {floor > high.v ? high.v : floor};
+}
+inline Vec abs(Vec a) { return {std::fabs(a.v)}; }
+inline Vec reciprocal(Vec a) { return {1.f / a.v}; }
+inline Vec rsqrt(Vec a) { return {1.f / std::sqrt(a.v)}; }
+// a where x is negative, otherwise b
+inline Vec if_negative(Vec x, Vec a, Vec b) { return {x.v < 0.f ? a.v : b.v}; }
+inline Vec nearest(Vec a) { return {std::nearbyint(a.v)}; }
+// a * 2^whole
+inline Vec scale_exponent(Vec a, Vec whole) {
+  return {whole.v < -126.f ? 0.f : std::ldexp(a.v, static_cast<int>(whole.v))};
+}
+// Lanes [0, n) of v, the others zero
+inline Vec keep_n(Vec v, int) { return v; }
+
+}  // namespace riformer::RIFORMER_ISA
