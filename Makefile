@@ -1,0 +1,55 @@
+# Two commands do everything on a fresh machine, set-up included: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# A CPU-capable torch; any torch from 2.10 on works, this is the one that the results were measured with.
+TORCH ?= torch==2.13.0
+SOURCES := setup.py pyproject.toml CMakeLists.txt riformer_kernels/__init__.py \
+  $(wildcard csrc/*/*.h csrc/*/*.cpp)
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test test-fast bench sanitize lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.test sanitize
+	$(PYTEST)
+
+test-fast: $(VENV)/.test
+	$(PYTEST) -x -m "not slow"
+
+bench: $(VENV)/.test
+	$(PYTEST) bench --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
+
+# The op tests once more under AddressSanitizer and UndefinedBehaviorSanitizer, on a second build of the library.
+sanitize: $(VENV)/.test
+	CMAKE_ARGS="-DRIFORMER_SANITIZE=address,undefined" $(PIP) install --quiet --no-build-isolation --no-deps \
+	  --upgrade --target build/sanitized .
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized \
+	  $(PYTEST) -q -p no:cacheprovider tests/test_sanitized.py
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check riformer_kernels python tests bench examples setup.py
+	$(BIN)/ruff format --check riformer_kernels python tests bench examples setup.py
+
+clean:
+	rm -rf $(VENV) build riformer_kernels/lib *.egg-info .pytest_cache .hypothesis .benchmarks
+
+$(VENV)/.base:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "setuptools>=77" wheel cmake ninja numpy
+	$(PIP) install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base $(SOURCES)
+	$(PIP) install --quiet --no-build-isolation --editable ".[demo]"
+	touch $@
+
+# mmpretrain and what it needs go in without their dependencies: torchvision's and mmcv's would replace torch.
+$(VENV)/.test: $(VENV)/.base $(SOURCES) tests/requirements-mmpretrain.txt
+	$(PIP) install --quiet --no-build-isolation --editable ".[test]" ruff
+	$(PIP) install --quiet --no-deps -r tests/requirements-mmpretrain.txt
+	touch $@
