@@ -70,26 +70,37 @@ template <class X, class T, class Gemm>
 struct EmbedKernel {
   using Element = typename Gemm::Element;
   static constexpr int kTokens = Gemm::kTokens;
-  static constexpr int64_t kCacheBytes = RIFORMER_TASK_BYTES;
 
   const cpu::EmbedArgs& args;
-  int64_t depth, padded;
+  int64_t taps, chunk, padded, rows;  // chunk: input channels per pass; padded: its depth; rows: output channels
   Tasks tasks;
   int64_t max_rows;  // input rows under one task's positions of one image
   const float* bias = nullptr;
   float* partial = nullptr;
   std::atomic<int64_t> missing{0};
 
-  static int64_t wanted_tokens(int64_t padded) {
-    const int64_t fit = kCacheBytes / (padded * static_cast<int64_t>(sizeof(Element))) / kTokens * kTokens;
+  // Input channels whose taps are gathered at once. A few hundred k keep the panel of a pass small, so that a task can
+  // have enough tokens for the weights, which it reads once (320 -> 512 channels: 2.9 MB), to be worth the trip.
+  static int64_t chunk_of(const cpu::EmbedArgs& args) {
+    constexpr int64_t kDepth = 640;
+    const int64_t fit = kDepth / (args.kernel_height * args.kernel_width);
+    if (fit >= args.in_channels) return args.in_channels;
+    return fit >= 32 ? fit / 32 * 32 : (fit >= 2 ? fit / 2 * 2 : 2);
+  }
+
+  static int64_t wanted_tokens(int64_t padded, int64_t rows) {
+    const int64_t per_token = padded * static_cast<int64_t>(sizeof(Element)) + rows * static_cast<int64_t>(sizeof(float));
+    const int64_t fit = RIFORMER_TASK_BYTES / per_token / kTokens * kTokens;
     return fit < kTokens ? kTokens : (fit < 384 ? fit : 384);
   }
 
   EmbedKernel(const cpu::EmbedArgs& args_)
       : args(args_),
-        depth(args.in_channels * args.kernel_height * args.kernel_width),
-        padded(round_up(depth, Gemm::kStep < 2 ? 2 : Gemm::kStep)),
-        tasks(Tiles(args.batch, args.out_height * args.out_width), wanted_tokens(padded), args.pool.threads) {
+        taps(args.kernel_height * args.kernel_width),
+        chunk(chunk_of(args)),
+        padded(round_up(chunk * taps, Gemm::kStep < 2 ? 2 : Gemm::kStep)),
+        rows(round_up(args.channels, Gemm::kRows)),
+        tasks(Tiles(args.batch, args.out_height * args.out_width), wanted_tokens(padded, rows), args.pool.threads) {
     const int64_t spanned = (tasks.max_tokens() + args.out_width - 1) / args.out_width + 1;
     const int64_t out_rows = spanned < args.out_height ? spanned : args.out_height;
     max_rows = (out_rows - 1) * args.stride + args.kernel_height;
@@ -97,9 +108,8 @@ struct EmbedKernel {
 
   struct Memory {
     Element *panel, *weights;
-    float *rows, *phases;
+    float *sums, *phases;
     Piece* pieces;
-    int* first_piece;  // of each panel
     int64_t bytes;
   };
   Memory memory(void* base) const {
@@ -108,10 +118,9 @@ struct EmbedKernel {
     Memory m;
     m.panel = arena.take<Element>(panels * padded * kTokens);
     m.weights = arena.take<Element>(Gemm::kCopiedRows * padded);
-    m.rows = arena.take<float>(Gemm::kRows * kTokens);
+    m.sums = arena.take<float>(panels * rows * kTokens);
     m.phases = arena.take<float>(Phases::floats(args, max_rows));
     m.pieces = arena.take<Piece>(max_pieces(tasks, kTokens));
-    m.first_piece = arena.take<int>(panels);
     m.bytes = arena.used;
     return m;
   }
@@ -122,15 +131,15 @@ struct EmbedKernel {
     int64_t ky, kx;
   };
   Tap tap_of(int64_t index, int channels) const {
-    const int64_t taps = args.kernel_height * args.kernel_width;
     const int slot = static_cast<int>(index / taps);
     if (slot >= channels) return {-1, 0, 0};
     return {slot, index % taps / args.kernel_width, index % taps % args.kernel_width};
   }
 
   // Rows k and k + 1 of the panels, for the positions of one piece.
-  void put_taps(const Piece& piece, int64_t first_row, int64_t k, Tap a, Tap b, const Phases& phases, const Memory& m) const {
-    Element* panel = m.panel + piece.panel * padded * kTokens;
+  void put_taps(const Piece& piece, int64_t first_row, int64_t k, Tap a, Tap b, const Phases& phases,
+                int64_t padded_depth, const Memory& m) const {
+    Element* panel = m.panel + piece.panel * padded_depth * kTokens;
     int64_t row = piece.position / args.out_width, column = piece.position % args.out_width;
     for (int done = 0; done < piece.length;) {
       const int64_t room = args.out_width - column;
@@ -147,25 +156,46 @@ struct EmbedKernel {
     }
   }
 
-  // Fills the panels with the pieces [first, last), which are one run of positions of one image.
-  void fill(const Piece* first, const Piece* last, const Memory& m) const {
-    const int64_t image = first->image, end = last[-1].position + last[-1].length;
-    const int64_t first_row = first->position / args.out_width, last_row = (end - 1) / args.out_width;
-    const int64_t rows = (last_row - first_row) * args.stride + args.kernel_height;
-    const int64_t taps = args.kernel_height * args.kernel_width;
+  // Fills the panels with input channels [begin, end) under the pieces [first, last), which are one run of positions of
+  // one image.
+  void fill(const Piece* first, const Piece* last, int64_t begin, int64_t end, int64_t padded_depth,
+            const Memory& m) const {
+    const int64_t image = first->image, stop = last[-1].position + last[-1].length;
+    const int64_t first_row = first->position / args.out_width, last_row = (stop - 1) / args.out_width;
+    const int64_t input_rows = (last_row - first_row) * args.stride + args.kernel_height;
     const Phases phases(args, max_rows, m.phases);
-    for (int64_t channel = 0; channel < args.in_channels; channel += 2) {
-      const int channels = channel + 1 < args.in_channels ? 2 : 1;
+    for (int64_t channel = begin; channel < end; channel += 2) {
+      const int channels = channel + 1 < end ? 2 : 1;
       for (int slot = 0; slot < channels; ++slot)
-        phases.fill<X>(args, image, channel + slot, first_row * args.stride, rows, slot);
+        phases.fill<X>(args, image, channel + slot, first_row * args.stride, input_rows, slot);
       for (const Piece* piece = first; piece < last; ++piece)
         if (args.weight_channels_last)
           for (int64_t t = 0; t < taps; ++t)
-            put_taps(*piece, first_row, t * args.in_channels + channel, tap_of(t, channels), tap_of(t + taps, channels),
-                     phases, m);
+            put_taps(*piece, first_row, t * (end - begin) + channel - begin, tap_of(t, channels),
+                     tap_of(t + taps, channels), phases, padded_depth, m);
         else
           for (int64_t t = 0; t < channels * taps; t += 2)
-            put_taps(*piece, first_row, channel * taps + t, tap_of(t, channels), tap_of(t + 1, channels), phases, m);
+            put_taps(*piece, first_row, (channel - begin) * taps + t, tap_of(t, channels), tap_of(t + 1, channels),
+                     phases, padded_depth, m);
+    }
+  }
+
+  // The weights of input channels [begin, end), in the order in which `fill` gathers.
+  WeightPart weights(int64_t begin, int64_t end) const {
+    const int64_t depth = args.in_channels * taps;
+    if (!args.weight_channels_last)
+      return {args.weight.data, args.weight.dtype, begin * taps, depth, args.channels, (end - begin) * taps};
+    return {args.weight.data, args.weight.dtype, begin, depth, args.channels, end - begin, taps, args.in_channels};
+  }
+
+  void finish(const Piece& piece, const Memory& m) const {
+    const int64_t positions = tasks.tiles.positions;
+    for (int64_t c = 0; c < args.channels; ++c) {
+      const float* sums = m.sums + (piece.panel * rows + c) * kTokens + piece.token;
+      T* out = static_cast<T*>(args.out) + (piece.image * args.channels + c) * positions + piece.position;
+      const Vec shift = Vec::broadcast(bias[c]);
+      for (int j = 0; j < piece.length; j += Vec::kLanes)
+        (Vec::load_n(sums + j, piece.length - j) + shift).store_n(out + j, piece.length - j);
     }
   }
 
@@ -181,28 +211,22 @@ struct EmbedKernel {
     const Memory m = memory(base);
     int64_t tokens;
     const int pieces = cut_pieces(tasks.tiles, first, last, kTokens, m.pieces, &tokens);
-    clear_padding<Gemm>(m.panel, tokens, round_up(depth, 2), padded);
-    for (int i = 0, run = 0; i < pieces; ++i) {
-      if (m.pieces[i].token == 0) m.first_piece[m.pieces[i].panel] = i;
-      if (i + 1 < pieces && m.pieces[i + 1].image == m.pieces[i].image) continue;
-      fill(m.pieces + run, m.pieces + i + 1, m);
-      run = i + 1;
+    for (int64_t begin = 0; begin < args.in_channels; begin += chunk) {
+      const int64_t end = begin + chunk < args.in_channels ? begin + chunk : args.in_channels;
+      const int64_t depth = round_up((end - begin) * taps, 2);
+      const int64_t padded_depth = round_up(depth, Gemm::kStep);
+      clear_padding<Gemm>(m.panel, tokens, depth, padded_depth);
+      for (int i = 0, run = 0; i < pieces; ++i) {
+        if (i + 1 < pieces && m.pieces[i + 1].image == m.pieces[i].image) continue;
+        fill(m.pieces + run, m.pieces + i + 1, begin, end, padded_depth, m);
+        run = i + 1;
+      }
+      multiply_panels<Gemm>(
+          weights(begin, end), m.panel, tokens, padded_depth, begin > 0, m.weights,
+          [&](int64_t p, int64_t row) { return m.sums + (p * rows + row) * kTokens; },
+          [](int64_t, int64_t, int64_t, int, const float*) {});
     }
-    const int64_t positions = tasks.tiles.positions;
-    const WeightPart part{args.weight.data, args.weight.dtype, 0, depth, args.channels, depth};
-    multiply_panels<Gemm>(
-        part, m.panel, tokens, padded, false, m.weights, [&](int64_t, int64_t) { return m.rows; },
-        [&](int64_t p, int64_t row, int64_t rows, int, const float* c) {
-          for (int piece = m.first_piece[p]; piece < pieces && m.pieces[piece].panel == p; ++piece) {
-            const Piece& at = m.pieces[piece];
-            for (int64_t i = 0; i < rows; ++i) {
-              T* out = static_cast<T*>(args.out) + (at.image * args.channels + row + i) * positions + at.position;
-              const Vec shift = Vec::broadcast(bias[row + i]);
-              for (int j = 0; j < at.length; j += Vec::kLanes)
-                (Vec::load_n(c + i * kTokens + at.token + j, at.length - j) + shift).store_n(out + j, at.length - j);
-            }
-          }
-        });
+    for (int i = 0; i < pieces; ++i) finish(m.pieces[i], m);
     if (args.moments_out)
       for (int64_t tile = first; tile < last; ++tile)
         tile_moments(static_cast<const T*>(args.out), tasks.tiles, tile, args.channels, partial);

@@ -142,23 +142,33 @@ inline void copy_row(const From* from, int64_t n, int64_t padded, bf16* to) {
   for (k = n; k < padded; ++k) to[k].bits = 0;
 }
 
-template <class Gemm, class From>
-inline void copy_rows(const From* from, int64_t stride, int64_t rows, int64_t depth, int64_t padded_rows, int64_t padded,
-                      typename Gemm::Element* to) {
-  for (int64_t i = 0; i < padded_rows; ++i) copy_row(from + i * stride, i < rows ? depth : 0, padded, to + i * padded);
-}
-
-// A weight matrix or a part of it: `rows` by `depth` elements that start `offset` into a parameter, `stride` apart.
+// A weight matrix or a part of it: `rows` rows that start `offset` into a parameter, `stride` apart. A row is `segments`
+// runs of `length` elements, `gap` from start to start.
 struct WeightPart {
   const void* matrix;
   DType dtype;
-  int64_t offset, stride, rows, depth;
+  int64_t offset, stride, rows, length;
+  int64_t segments = 1, gap = 0;
 };
+
+template <class Gemm, class From>
+inline void copy_rows(const From* from, const WeightPart& part, int64_t rows, int64_t padded_rows, int64_t padded,
+                      typename Gemm::Element* to) {
+  for (int64_t i = 0; i < padded_rows; ++i) {
+    typename Gemm::Element* row = to + i * padded;
+    const int64_t segments = i < rows ? part.segments : 0;
+    for (int64_t s = 0; s < segments; ++s)
+      copy_row(from + i * part.stride + s * part.gap, part.length, part.length, row + s * part.length);
+    const int64_t filled = segments * part.length;
+    copy_row(from, 0, padded - filled, row + filled);
+  }
+}
 
 template <class Gemm>
 inline bool reads_parameter(const WeightPart& part, int64_t padded_depth) {
   constexpr DType kNative = sizeof(typename Gemm::Element) == 4 ? DType::f32 : DType::bf16;
-  return part.dtype == kNative && part.rows % Gemm::kRows == 0 && part.depth == padded_depth;
+  return part.dtype == kNative && part.rows % Gemm::kRows == 0 && part.segments == 1 &&
+         part.length == padded_depth;
 }
 
 // How many rows are made ready at once: all of them where the product reads the parameter itself, otherwise as many as
@@ -177,14 +187,11 @@ inline WeightRows<Gemm> weight_rows(const WeightPart& part, int64_t first, int64
     return {static_cast<const typename Gemm::Element*>(part.matrix) + offset, part.stride};
   const int64_t padded_rows = round_up(count, Gemm::kRows);
   if (part.dtype == DType::f32)
-    copy_rows<Gemm>(static_cast<const float*>(part.matrix) + offset, part.stride, count, part.depth, padded_rows,
-                    padded_depth, scratch);
+    copy_rows<Gemm>(static_cast<const float*>(part.matrix) + offset, part, count, padded_rows, padded_depth, scratch);
   else if (part.dtype == DType::bf16)
-    copy_rows<Gemm>(static_cast<const bf16*>(part.matrix) + offset, part.stride, count, part.depth, padded_rows,
-                    padded_depth, scratch);
+    copy_rows<Gemm>(static_cast<const bf16*>(part.matrix) + offset, part, count, padded_rows, padded_depth, scratch);
   else
-    copy_rows<Gemm>(static_cast<const f16*>(part.matrix) + offset, part.stride, count, part.depth, padded_rows,
-                    padded_depth, scratch);
+    copy_rows<Gemm>(static_cast<const f16*>(part.matrix) + offset, part, count, padded_rows, padded_depth, scratch);
   return {scratch, padded_depth};
 }
 

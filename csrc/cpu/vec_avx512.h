@@ -67,9 +67,9 @@ inline Vec scale_exponent(Vec a, Vec whole) { return {_mm512_scalef_ps(a.v, whol
 
 // Two rows rounded to bfloat16 and interleaved lane by lane: to[2 i] = a_i, to[2 i + 1] = b_i.
 inline __m512i pairs(Vec a, Vec b) {
-  const __m512i low = _mm512_cvtepu16_epi32(a.narrow_bf16());
-  const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(b.narrow_bf16()), 16);
-  return _mm512_or_si512(low, high);
+  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
 }
 inline void store_pairs(bf16* to, Vec a, Vec b) { _mm512_storeu_si512(to, pairs(a, b)); }
 inline void store_pairs_n(bf16* to, Vec a, Vec b, int n) { _mm512_mask_storeu_epi32(to, Vec::mask(n), pairs(a, b)); }
