@@ -136,13 +136,47 @@ struct BlockKernel {
     }
   }
 
+  // The next task's x, fetched a few lines at a time while this one multiplies: its rows lie a whole image plane apart,
+  // so the hardware does not see them coming.
+  struct Ahead {
+    const char* row = nullptr;
+    int64_t plane = 0, bytes = 0, rows = 0, offset = 0, per_call = 0;
+
+    void step() {
+      for (int64_t i = 0; i < per_call && rows > 0; ++i) {
+        __builtin_prefetch(row + offset, 0, 2);
+        offset += 64;
+        if (offset >= bytes) {
+          offset = 0;
+          row += plane;
+          --rows;
+        }
+      }
+    }
+  };
+  Ahead ahead_of(int64_t tile, int64_t tokens) const {
+    Ahead ahead;
+    if (tile >= tasks.tiles.count() || args.per_position) return ahead;
+    const int64_t start = tasks.tiles.start(tile), left = args.positions - start;
+    const int64_t size = sizeof(T);
+    ahead.row = static_cast<const char*>(args.x) +
+                (tasks.tiles.image(tile) * args.channels * args.positions + start) * size;
+    ahead.plane = args.positions * size;
+    ahead.bytes = (tokens < left ? tokens : left) * size;
+    ahead.rows = args.channels;
+    const int64_t calls = (args.hidden / Gemm::kRows + 1) * ((tokens + kTokens - 1) / kTokens);
+    ahead.per_call = (args.channels * ((ahead.bytes + 63) / 64) + calls - 1) / calls;
+    return ahead;
+  }
+
   // hidden[h0, h0 + chunk) = gelu(W1 z + b1)
-  void first_product(int64_t h0, int64_t chunk, int64_t padded, int64_t tokens, const Memory& m) const {
+  void first_product(int64_t h0, int64_t chunk, int64_t padded, int64_t tokens, Ahead& ahead, const Memory& m) const {
     const WeightPart part{args.fc1_weight.data, args.fc1_weight.dtype, h0 * args.channels, args.channels, chunk,
                           args.channels};
     multiply_panels<Gemm>(
         part, m.z, tokens, depth1, false, m.weights, [&](int64_t, int64_t) { return m.rows; },
         [&](int64_t p, int64_t row, int64_t rows, int vectors, const float* c) {
+          ahead.step();
           Element* panel = m.hidden + p * padded * kTokens;
           const float* bias = fc1_bias + h0 + row;
           for (int64_t i = 0; i < rows; i += 2) {
@@ -215,12 +249,13 @@ struct BlockKernel {
       for (int i = 0; i < pieces; ++i) normalise_positions(m.pieces[i], m);
     else
       normalise(pieces, m);
+    Ahead ahead = ahead_of(last, tokens);
     for (int64_t h0 = 0; h0 < args.hidden; h0 += choice.hidden_chunk) {
       const int64_t left = args.hidden - h0;
       const int64_t chunk = left < choice.hidden_chunk ? left : choice.hidden_chunk;
       const int64_t padded = round_up(chunk, Gemm::kStep);
       if (padded != chunk) clear_padding<Gemm>(m.hidden, tokens, chunk, padded);
-      first_product(h0, chunk, padded, tokens, m);
+      first_product(h0, chunk, padded, tokens, ahead, m);
       second_product(h0, chunk, padded, tokens, m);
     }
     finish(pieces, m);
