@@ -1,0 +1,188 @@
+"""``riformer-kernels info``: what is installed, what this machine can do, what is switched on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ._arguments import EXIT_CODES, add_format
+from ._output import document, table
+
+SUMMARY = "versions, CPU features, backends and why one is not usable, environment variables"
+DESCRIPTION = """\
+Show what is installed, what this machine's processor can do, which backends are built and usable
+(and why not), and the environment variables that change anything. Worth pasting into a bug report."""
+EPILOG = f"""\
+examples:
+  riformer-kernels info
+  riformer-kernels info --format json
+  RIFORMER_CPU_ISA=avx2 riformer-kernels info
+
+{EXIT_CODES}"""
+
+CPUINFO = Path("/proc/cpuinfo")
+# What the kernels are compiled for, as /proc/cpuinfo spells it; for machines where the library cannot say.
+_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16")
+_VARIABLES = (
+    (
+        "RIFORMER_CPU_ISA",
+        "at run time, before the first use",
+        "instruction set of the native CPU kernels; unset: the best that the machine has",
+    ),
+    ("RIFORMER_CPU", "when the package is built", "off: install without the native CPU kernels"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_format(parser, "text", "json")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    found = collect()
+    if arguments.format == "json":
+        document(found)
+    else:
+        _print(found)
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """Everything that the command shows."""
+    import torch
+
+    from riformer_kernels.backends import cpu
+
+    status = cpu.isa_status()
+    return {
+        "versions": _versions(),
+        "cpu": {
+            "model": cpu_model(),
+            "architecture": platform.machine(),
+            "logical_cpus": os.cpu_count(),
+            "usable_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "features": status["features"] or _features(),
+        },
+        "backends": _backends(status),
+        "environment": [
+            {"name": name, "value": os.environ.get(name), "read": when, "meaning": meaning}
+            for name, when, meaning in _VARIABLES
+        ],
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    import torch
+
+    import riformer_kernels
+
+    found = {
+        "riformer_kernels": riformer_kernels.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    # Looked up, not imported: mmpretrain's import takes seconds and may fail.
+    for name in ("numpy", "safetensors", "pillow", "rich", "triton", "mmpretrain"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    for line in _cpuinfo():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model", "cpu model") and value.strip():
+            return value.strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def _features() -> dict[str, bool]:
+    for line in _cpuinfo():
+        key, _, value = line.partition(":")
+        if key.strip() == "flags":
+            flags = set(value.split())
+            return {name: name in flags for name in _FLAGS}
+    return {}
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return CPUINFO.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _backends(status: dict[str, Any]) -> list[dict[str, Any]]:
+    from riformer_kernels import backends
+
+    rows = []
+    for backend in backends.ALL.values():
+        reason = backend.unusable()
+        row = {
+            "name": backend.name,
+            # The reference is Python: there is nothing to build.
+            "built": bool(status["compiled"]) if backend.name == "cpu" else True,
+            "usable": reason is None,
+            "why_not": reason,
+            "chosen_by_auto": backend.automatic,
+            "devices": list(backend.devices) or ["any"],
+            "dtypes": [str(dtype).removeprefix("torch.") for dtype in backend.dtypes],
+            "detail": backend.detail() if reason is None else None,
+        }
+        if backend.name == "cpu":
+            row["instruction_sets"] = {key: status[key] for key in ("chosen", "supported", "compiled")}
+        rows.append(row)
+    return rows
+
+
+def _print(found: dict[str, Any]) -> None:
+    table(("package", "version"), [(name, version or "not installed") for name, version in found["versions"].items()])
+    cpu = found["cpu"]
+    has = [name for name, there in cpu["features"].items() if there]
+    lacks = [name for name, there in cpu["features"].items() if not there]
+    print()
+    table(
+        ("processor", ""),
+        [
+            ("model", cpu["model"]),
+            ("CPUs", f"{cpu['usable_cpus']} usable of {cpu['logical_cpus']}; PyTorch uses {cpu['torch_threads']} threads"),
+            ("features that matter", ", ".join(has) or "none known"),
+            ("not there", ", ".join(lacks) or "-"),
+        ],
+    )
+    print()
+    rows = []
+    for backend in found["backends"]:
+        words = [backend["why_not"] or backend["detail"]]
+        if backend["why_not"] is None and not backend["chosen_by_auto"]:
+            words.append("only when asked for by name")
+        sets = backend.get("instruction_sets")
+        if sets and sets["compiled"]:
+            words.append(f"runs here: {', '.join(sets['supported'])}; built: {', '.join(sets['compiled'])}")
+        rows.append(
+            (
+                backend["name"],
+                "yes" if backend["built"] else "no",
+                "yes" if backend["usable"] else "no",
+                ", ".join(backend["devices"]),
+                ", ".join(backend["dtypes"]),
+                "; ".join(words),
+            )
+        )
+    table(("backend", "built", "usable", "device", "dtypes", "detail, or why not"), rows)
+    print()
+    rows = []
+    for variable in found["environment"]:
+        value = "(unset)" if variable["value"] is None else variable["value"]
+        rows.append((variable["name"], value, variable["read"], variable["meaning"]))
+    table(("variable", "value", "read", "meaning"), rows)
+    sys.stdout.flush()
