@@ -113,9 +113,11 @@ std::string missing(unsigned needs, unsigned have) {
   return text;
 }
 
-std::string known() {
+// Names of the sets that can run with these features.
+std::string usable(unsigned features) {
   std::string text;
-  for (const Entry& entry : kEntries) text += (text.empty() ? "" : ", ") + std::string(entry.kernels->name);
+  for (const Entry& entry : kEntries)
+    if (!(entry.needs & ~features)) text += (text.empty() ? "" : ", ") + std::string(entry.kernels->name);
   return text;
 }
 
@@ -134,11 +136,12 @@ struct State {
       if (*name ? std::strcmp(name, entry.kernels->name) != 0 : !entry.automatic || (entry.needs & ~features)) continue;
       const std::string lacks = missing(entry.needs, features);
       if (!lacks.empty())
-        return "this machine lacks " + lacks + ", which instruction set '" + name + "' needs";
+        return "this machine lacks " + lacks + ", which instruction set '" + name + "' needs; expected one of " +
+               usable(features);
       chosen.store(entry.kernels);
       return "";
     }
-    return "unknown instruction set '" + std::string(name) + "': expected one of " + known();
+    return "unknown instruction set '" + std::string(name) + "': expected one of " + usable(features);
   }
 };
 

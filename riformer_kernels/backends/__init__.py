@@ -39,10 +39,14 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         if reason is None:
             return backend
         reasons.append(f"{backend.name}: {reason}")
+    served = {device_type for backend in ALL.values() if backend.automatic for device_type in backend.devices}
+    if device.type in served and any(backend.automatic and dtype in backend.dtypes for backend in ALL.values()):
+        way_out = "`riformer-kernels info` shows what is built and usable here"
+    else:
+        way_out = f"Move the model to {' or '.join(sorted(served))} and convert it to float32, bfloat16 or float16"
     raise BackendError(
-        f"no backend serves {dtype} on {device} ({'; '.join(reasons)}). Move the model to a device that is served, "
-        "convert it to float32, bfloat16 or float16, or ask for plain PyTorch with backend='reference'"
+        f"no backend serves {dtype} on {device} ({'; '.join(reasons)}). {way_out}, or ask for plain PyTorch with "
+        "backend='reference'"
     )
-
 
 __all__ = ["ALL", "Backend", "choose"]
