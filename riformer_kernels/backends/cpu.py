@@ -76,6 +76,9 @@ def detail() -> str:
     return str(isa_status()["chosen"])
 
 
+# Registering the kernels is all that happens at import; programs that torch.export or AOTInductor saved need no more.
+_load()
+
 BACKEND = Backend(
     name="cpu",
     automatic=True,

@@ -1,0 +1,183 @@
+"""Is a module's ``forward`` the expected function? Asked of the module itself, with random parameters in float64.
+
+Structure cannot tell: a subclass may have the same children and another ``forward``. So each kind of block, each norm
+with a ``forward`` of its own and the head are run once, in float64, on a small random input and with random *hard*
+parameters put in place of their own (layer scale near 0.5), and compared with the reference of the op that would
+replace them. Tanh GELU, another eps, a per-position norm in place of GroupNorm or a changed ``forward`` differ by
+orders of magnitude more than float64 rounding. Answers are kept per combination of classes and sizes.
+
+Probes and verification run on a ``shadow`` of a module: the same classes and attributes with other tensors and without
+the user's hooks. The module itself is not touched, so other threads may go on using it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import algebra, ops
+from .recognise import HOOKS, BackbonePlan, BlockPlan, EmbedPlan, HeadPlan, NormPlan, StagePlan, child
+
+TOLERANCE = 1e-9
+REMEMBERED = 256
+_answers: dict[tuple, str | None] = {}
+
+
+def shadow(
+    module: nn.Module, change: Callable[[str, torch.Tensor], torch.Tensor], dtype: torch.dtype, prefix: str = ""
+) -> nn.Module:
+    """A module tree of the same classes and attributes, with ``change(name, parameter)`` in place of each parameter.
+
+    Buffers and plain tensor attributes are copied, floating-point ones to ``dtype``: a BatchNorm in training mode
+    writes to its statistics. Hooks are left out. A patched module's shadow has its original class.
+    """
+    cls = getattr(type(module), "_original_class", type(module))
+    twin = cls.__new__(cls)
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.detach().to(dtype, copy=True) if value.is_floating_point() else value.detach().clone()
+
+    state = {name: copied(value) for name, value in module.__dict__.items() if name != "_riformer_kernels"}
+    state |= {name: OrderedDict() for name in HOOKS}
+    state["_buffers"] = {name: copied(value) for name, value in module._buffers.items()}
+    state["_parameters"] = {
+        name: None if value is None else change(prefix + name, value) for name, value in module._parameters.items()
+    }
+    state["_modules"] = {
+        name: None if inner is None else shadow(inner, change, dtype, f"{prefix}{name}.")
+        for name, inner in module._modules.items()
+    }
+    twin.__dict__ = state
+    return twin
+
+
+def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A shadow with parameters in ``dtype``, contiguous; they share memory with the module's where nothing changes."""
+    return shadow(module, lambda _, value: value.detach().to(dtype).contiguous(), dtype)
+
+
+def _hard(module: nn.Module, generator: torch.Generator) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A float64 shadow with random parameters, drawn on the CPU, and the parameters by name."""
+    values = {}
+
+    def draw(name: str, parameter: torch.Tensor) -> torch.Tensor:
+        value = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        value = value / max(1, parameter[0].numel()) ** 0.5 if parameter.ndim > 1 else 0.5 + 0.3 * value
+        values[name] = value.to(parameter.device)
+        return values[name]
+
+    return shadow(module, draw, torch.float64), values
+
+
+def _tokens(channels: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    """Two images [2, C, 2, 3] with a mean; the second one's variance is near eps, where a wrong eps shows."""
+    x = torch.randn((2, channels, 2, 3), generator=generator, dtype=torch.float64) + 0.5
+    x[1] *= 3e-3
+    return x.to(device)
+
+
+def _differs(found: Any, expected: torch.Tensor) -> bool:
+    if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
+        return True
+    return not torch.allclose(found.to(expected.dtype), expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def _probe_block(block: nn.Module, plan: BlockPlan, generator: torch.Generator) -> str | None:
+    twin, values = _hard(block, generator)
+    x = _tokens(plan.channels, generator, block.layer_scale_1.device)
+    found = twin.forward(x)
+    first = "norm_reparam" if plan.deployed else "norm1"
+    affine = ("token_mixer.affine.weight", "token_mixer.affine.bias")
+    expected, _ = ops.block.reference(
+        x, algebra.moments_of(x), values["layer_scale_1"], values[f"{first}.weight"], values[f"{first}.bias"],
+        *(None if plan.deployed else values.get(name) for name in affine), plan.eps1,
+        values["norm2.weight"], values["norm2.bias"], plan.eps2,
+        values["mlp.fc1.weight"], values.get("mlp.fc1.bias"), values["mlp.fc2.weight"], values.get("mlp.fc2.bias"),
+        values["layer_scale_2"], plan.per_position, True,
+    )  # fmt: skip
+    if _differs(found, expected):
+        return f"forward of {type(block).__name__} (or of a module in it) does not compute a RIFormer block"
+    return None
+
+
+def _probe_norm(norm: nn.Module, plan: NormPlan, generator: torch.Generator) -> str | None:
+    twin, values = _hard(norm, generator)
+    x = _tokens(plan.channels, generator, norm.weight.device)
+    found = twin.forward(x)
+    expected = ops.norm.reference(
+        x, algebra.moments_of(x), values["weight"], values["bias"], plan.eps, plan.per_position, torch.float64
+    )
+    if _differs(found, expected):
+        return f"forward of {type(norm).__name__} does not compute {'LayerNorm per position' if plan.per_position else 'GroupNorm(1)'}"
+    return None
+
+
+def _probe_embed(module: nn.Module, plan: EmbedPlan, generator: torch.Generator) -> str | None:
+    twin, values = _hard(module, generator)
+    size = (2, plan.in_channels, plan.kernel[0] + plan.stride, plan.kernel[1])
+    x = torch.randn(size, generator=generator, dtype=torch.float64).to(module.proj.weight.device)
+    found = twin.forward(x)
+    expected = nn.functional.conv2d(x, values["proj.weight"], values.get("proj.bias"), plan.stride, plan.padding)
+    return f"forward of {type(module).__name__} does not compute its convolution" if _differs(found, expected) else None
+
+
+def _probe_head(head: nn.Module, plan: HeadPlan, generator: torch.Generator) -> str | None:
+    twin, values = _hard(head, generator)
+    x = _tokens(plan.channels, generator, head.fc.weight.device)
+    found = twin.forward((torch.zeros_like(x), x))
+    if _differs(found, nn.functional.linear(x.mean((2, 3)), values["fc.weight"], values.get("fc.bias"))):
+        return f"forward of {type(head).__name__} does not compute fc(mean of the last features)"
+    return None
+
+
+def _probe(module: nn.Module, plan: Any, ask: Callable[..., str | None]) -> str | None:
+    """The answer for this combination of classes, sizes and settings, from memory if it was asked before."""
+    settings = tuple(value for field, value in vars(plan).items() if field not in ("name", "index", "kind"))
+    names = tuple((name, parameter.shape) for name, parameter in module.named_parameters())
+    key = (ask.__name__, *(type(inner) for inner in module.modules()), settings, names)
+    if key not in _answers:
+        generator = torch.Generator().manual_seed(0)
+        try:
+            with torch.no_grad(), torch.autocast(_device_type(module), enabled=False), torch.random.fork_rng(devices=[]):
+                answer = ask(module, plan, generator)
+        except Exception as error:  # noqa: BLE001  (whatever the module raises is the reason)
+            answer = f"forward of {type(module).__name__} fails on tokens [B, C, H, W]: {error}"
+        if len(_answers) >= REMEMBERED:
+            _answers.clear()
+        _answers[key] = answer
+    return _answers[key]
+
+
+def _device_type(module: nn.Module) -> str:
+    return next(module.parameters()).device.type
+
+
+def refusals(backbone: nn.Module, plan: BackbonePlan) -> dict[str, str]:
+    """Name and reason of the parts that have the structure but not the expected ``forward``."""
+    refused: dict[str, str] = {}
+
+    def record(part: Any, module: nn.Module, ask: Callable[..., str | None]) -> None:
+        if part.reason is None:
+            reason = _probe(module, part, ask)
+            if reason:
+                refused[part.name] = reason
+
+    record(plan.stem, backbone.patch_embed, _probe_embed)
+    for item, module in zip(plan.network, backbone.network):
+        if not isinstance(item, StagePlan):
+            record(item, module, _probe_embed)
+        elif item.reason is None:
+            for block, inner in zip(item.blocks, module):
+                record(block, inner, _probe_block)
+    for norm in plan.norms:
+        if norm.reason is None:
+            record(norm, child(backbone, norm.name), _probe_norm)
+    if plan.head is not None:
+        record(plan.head, backbone.head, _probe_head)
+    return refused
