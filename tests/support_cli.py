@@ -1,0 +1,69 @@
+"""Models, images and processes that the tests of the command line share."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+import riformer
+from riformer_kernels.cli import bench, info
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("info", "verify", "predict", "convert", "bench")
+MEAN, STD = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
+EXACT = ["--image-size", "32", "--crop-pct", "1"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def tiny(seed: int = 0, **options: object) -> torch.nn.Module:
+    return riformer.randomize_(riformer.RIFormer(TINY, **{"num_classes": 10, **options}), seed).eval()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    riformer.save_checkpoint(tiny(), tmp_path / "tiny.safetensors")
+    return str(tmp_path / "tiny.safetensors")
+
+
+def pixels(seed: int, height: int = 32, width: int = 32) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three good images and a truncated one."""
+    folder = tmp_path / "photos"
+    (folder / "deeper").mkdir(parents=True)
+    for index, name in enumerate(("a.png", "b.png", "deeper/c.png")):
+        Image.fromarray(pixels(index)).save(folder / name)
+    whole = io.BytesIO()
+    Image.fromarray(pixels(9)).save(whole, "PNG")
+    (folder / "bad.png").write_bytes(whole.getvalue()[:800])
+    return folder
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join((str(ROOT), str(ROOT / "python")))
+    return {**{k: v for k, v in os.environ.items() if k != "NO_COLOR"}, "PYTHONPATH": path, **more}
+
+
+def softmax(model: torch.nn.Module, images: np.ndarray) -> torch.Tensor:
+    """Plain PyTorch on [B, H, W, C] bytes, with ImageNet's mean and std."""
+    x = (torch.tensor(images).double() / 255 - torch.from_numpy(MEAN)) / torch.from_numpy(STD)
+    with torch.inference_mode():
+        return model(x.permute(0, 3, 1, 2).float().contiguous()).softmax(-1)
+
+
+def probabilities(image: dict) -> list[float]:
+    return [entry["probability"] for entry in sorted(image["predictions"], key=lambda entry: entry["class"])]
