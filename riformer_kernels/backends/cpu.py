@@ -45,12 +45,15 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+@cache
+def _forced_isa_error() -> str | None:
+    error = isa_status()["error"]
+    return f"{ISA_VARIABLE}={os.environ.get(ISA_VARIABLE)}: {error}" if error else None
+
+
 def unusable() -> str | None:
     """Why the native backend cannot be used here, or None."""
-    reason = _load()
-    if reason is None and isa_status()["error"]:
-        reason = f"{ISA_VARIABLE}={os.environ.get(ISA_VARIABLE)}: {isa_status()['error']}"
-    return reason
+    return _load() or _forced_isa_error()
 
 
 def isa_status() -> dict:
@@ -70,6 +73,7 @@ def select_isa(name: str) -> None:
     reason = _load() or _library().riformer_cpu_select(name.encode()).decode()
     if reason:
         raise BackendError(f"cannot select instruction set {name!r}: {reason}")
+    _forced_isa_error.cache_clear()
 
 
 def detail() -> str:
