@@ -61,8 +61,11 @@ struct Phases {
     }
   }
 
-  const float* tap(int slot, int64_t row, int64_t ky, int64_t kx) const {
-    return data + slot * channel_size + (row * stride + ky) * row_size + kx % stride * pitch + kx / stride;
+  // Where tap `index` (the taps of slot 0, then those of slot 1) finds output row 0 and column 0.
+  int64_t tap_offset(const cpu::EmbedArgs& args, int64_t index) const {
+    const int64_t taps = args.kernel_height * args.kernel_width, tap = index % taps;
+    const int64_t ky = tap / args.kernel_width, kx = tap % args.kernel_width;
+    return index / taps * channel_size + ky * row_size + kx % stride * pitch + kx / stride;
   }
 };
 
@@ -76,6 +79,7 @@ struct EmbedKernel {
   Tasks tasks;
   int64_t max_rows;  // input rows under one task's positions of one image
   const float* bias = nullptr;
+  const int64_t* tap_offsets = nullptr;
   float* partial = nullptr;
   std::atomic<int64_t> missing{0};
 
@@ -125,34 +129,21 @@ struct EmbedKernel {
     return m;
   }
 
-  // One tap of slot 0 or 1; slot -1 stands for zeros.
-  struct Tap {
-    int slot;
-    int64_t ky, kx;
-  };
-  Tap tap_of(int64_t index, int channels) const {
-    const int slot = static_cast<int>(index / taps);
-    if (slot >= channels) return {-1, 0, 0};
-    return {slot, index % taps / args.kernel_width, index % taps % args.kernel_width};
-  }
-
-  // Rows k and k + 1 of the panels, for the positions of one piece.
-  void put_taps(const Piece& piece, int64_t first_row, int64_t k, Tap a, Tap b, const Phases& phases,
-                int64_t padded_depth, const Memory& m) const {
-    Element* panel = m.panel + piece.panel * padded_depth * kTokens;
-    int64_t row = piece.position / args.out_width, column = piece.position % args.out_width;
+  // Rows k and k + 1 of the panels, for the positions of one piece, whose first one is at `row`, `column`; `a` and `b`
+  // are the taps there, b null for zeros.
+  void put_taps(const Piece& piece, int64_t column, int64_t k, const float* a, const float* b, int64_t row_step,
+                Element* panel) const {
     for (int done = 0; done < piece.length;) {
       const int64_t room = args.out_width - column;
       const int run = static_cast<int>(piece.length - done < room ? piece.length - done : room);
-      const float* from_a = phases.tap(a.slot, row - first_row, a.ky, a.kx) + column;
-      const float* from_b = b.slot < 0 ? nullptr : phases.tap(b.slot, row - first_row, b.ky, b.kx) + column;
       for (int j = 0; j < run; j += Vec::kLanes) {
-        const Vec value_b = from_b ? Vec::load_n(from_b + j, run - j) : Vec::zero();
-        Gemm::put(panel, k, piece.token + done + j, Vec::load_n(from_a + j, run - j), value_b, run - j);
+        const Vec value_b = b ? Vec::load_n(b + column + j, run - j) : Vec::zero();
+        Gemm::put(panel, k, piece.token + done + j, Vec::load_n(a + column + j, run - j), value_b, run - j);
       }
       done += run;
       column = 0;
-      ++row;
+      a += row_step;
+      if (b) b += row_step;
     }
   }
 
@@ -164,19 +155,23 @@ struct EmbedKernel {
     const int64_t first_row = first->position / args.out_width, last_row = (stop - 1) / args.out_width;
     const int64_t input_rows = (last_row - first_row) * args.stride + args.kernel_height;
     const Phases phases(args, max_rows, m.phases);
+    const int64_t row_step = args.stride * phases.row_size;  // from an output row to the next
     for (int64_t channel = begin; channel < end; channel += 2) {
       const int channels = channel + 1 < end ? 2 : 1;
       for (int slot = 0; slot < channels; ++slot)
         phases.fill<X>(args, image, channel + slot, first_row * args.stride, input_rows, slot);
-      for (const Piece* piece = first; piece < last; ++piece)
-        if (args.weight_channels_last)
-          for (int64_t t = 0; t < taps; ++t)
-            put_taps(*piece, first_row, t * (end - begin) + channel - begin, tap_of(t, channels),
-                     tap_of(t + taps, channels), phases, padded_depth, m);
-        else
-          for (int64_t t = 0; t < channels * taps; t += 2)
-            put_taps(*piece, first_row, (channel - begin) * taps + t, tap_of(t, channels), tap_of(t + 1, channels),
-                     phases, padded_depth, m);
+      const int64_t pairs = args.weight_channels_last ? taps : (channels * taps + 1) / 2;
+      for (const Piece* piece = first; piece < last; ++piece) {
+        const int64_t row = piece->position / args.out_width, column = piece->position % args.out_width;
+        const float* start = m.phases + (row - first_row) * row_step;
+        Element* panel = m.panel + piece->panel * padded_depth * kTokens;
+        for (int64_t t = 0; t < pairs; ++t) {
+          const int64_t one = args.weight_channels_last ? t : 2 * t, other = args.weight_channels_last ? t + taps : one + 1;
+          const int64_t k = args.weight_channels_last ? t * (end - begin) + channel - begin : (channel - begin) * taps + one;
+          put_taps(*piece, column, k, start + tap_offsets[one],
+                   other < channels * taps ? start + tap_offsets[other] : nullptr, row_step, panel);
+        }
+      }
     }
   }
 
@@ -240,10 +235,15 @@ struct EmbedKernel {
 
   int64_t run() {
     const int64_t partial_floats = args.moments_out ? tasks.tiles.count() * 2 * args.channels : 0;
-    const int64_t bytes = (args.channels + partial_floats) * static_cast<int64_t>(sizeof(float));
+    const int64_t bytes = 2 * taps * static_cast<int64_t>(sizeof(int64_t)) +
+                          (args.channels + partial_floats) * static_cast<int64_t>(sizeof(float));
     const Buffer buffer(bytes);
     if (!buffer.data) return bytes;
-    float* shift = static_cast<float*>(buffer.data);
+    int64_t* offsets = static_cast<int64_t*>(buffer.data);
+    const Phases phases(args, max_rows, nullptr);
+    for (int64_t t = 0; t < 2 * taps; ++t) offsets[t] = phases.tap_offset(args, t);
+    tap_offsets = offsets;
+    float* shift = reinterpret_cast<float*>(offsets + 2 * taps);
     partial = shift + args.channels;
     read_all(args.bias, args.channels, 0, shift);
     bias = shift;
