@@ -71,6 +71,8 @@ def compiler() -> str:
 class BuildLibrary(build_ext):
     """Runs CMake; the "extension" is a plain shared library, named alike for every Python."""
 
+    built: Path | None = None  # the library, or the note that says why there is none
+
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")[:-1]) / LIBRARY)
 
@@ -81,6 +83,7 @@ class BuildLibrary(build_ext):
         switch = os.environ.get("RIFORMER_CPU", "on").strip().lower()
         if switch in ("off", "0", "false", "no"):
             target.unlink(missing_ok=True)
+            self.built = note
             note.write_text("not built: the package was installed with RIFORMER_CPU=off\n")
             return
         if switch not in ("on", "1", "true", "yes", ""):
@@ -100,27 +103,27 @@ class BuildLibrary(build_ext):
         fresh = target.with_name(f"{LIBRARY}.new")
         shutil.copyfile(build / LIBRARY, fresh)
         os.replace(fresh, target)
+        self.built = target
 
     def get_outputs(self) -> list[str]:
-        target = Path(self.get_ext_fullpath(self.extensions[0].name))
-        note = target.with_name(NOTE)
-        return [str(note if note.exists() else target)]
+        return [str(self.built)] if self.built else super().get_outputs()
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """An editable install: the built file, and its place in the source tree."""
+        return {str(self.built): str(self.source_folder() / self.built.name)} if self.inplace and self.built else {}
+
+    def source_folder(self) -> Path:
+        build_py = self.get_finalized_command("build_py")
+        return Path(build_py.get_package_dir("riformer_kernels")).resolve() / "lib"
 
     def copy_extensions_to_source(self) -> None:
-        """An editable install: build straight into the source tree."""
-        build_py = self.get_finalized_command("build_py")
-        for ext in self.extensions:
-            package = ext.name.rsplit(".", 1)[0]
-            folder = Path(build_py.get_package_dir("riformer_kernels")) / Path(*package.split(".")[1:])
-            folder.mkdir(parents=True, exist_ok=True)
-            built = Path(self.get_outputs()[0])
-            for stale in (LIBRARY, NOTE):
-                if stale != built.name:
-                    (folder / stale).unlink(missing_ok=True)
-            if built.resolve() != (folder / built.name).resolve():
-                fresh = folder / f"{built.name}.new"
-                shutil.copyfile(built, fresh)
-                os.replace(fresh, folder / built.name)
+        folder = self.source_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in {LIBRARY, NOTE} - {self.built.name}:
+            (folder / stale).unlink(missing_ok=True)
+        fresh = folder / f"{self.built.name}.new"
+        shutil.copyfile(self.built, fresh)
+        os.replace(fresh, folder / self.built.name)
 
 
 class PlatformWheel(bdist_wheel):
