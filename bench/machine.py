@@ -1,0 +1,125 @@
+"""What a measurement was made on, and how busy that was with other things."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FLAGS = (
+    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "avx512_vnni",
+    "amx_tile", "amx_bf16", "amx_fp16", "amx_int8",
+)  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement was made on: processor, versions, threads, commit, date. No host names, no paths."""
+    import numpy
+    import torch
+
+    import riformer_kernels
+    from riformer_kernels.backends import cpu
+
+    isa = cpu.isa_status()
+    return {
+        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "cores": _cores(),
+        "flags": [flag for flag in FLAGS if flag in _cpuinfo("flags").split()],
+        "caches": _caches(),
+        "isa": isa["chosen"],
+        "isa_supported": isa["supported"],
+        "isa_torch": torch.backends.cpu.get_cpu_capability(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "os": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "torch": str(torch.__version__),
+        "torch_threads": torch.get_num_threads(),
+        "riformer_kernels": riformer_kernels.__version__,
+        **_commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpuinfo(field: str) -> str:
+    """The first ``field`` of /proc/cpuinfo, or "" where there is none."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == field:
+                return value.strip()
+    except OSError:
+        pass
+    return ""
+
+
+def _cores() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _caches() -> dict[str, str]:
+    """Size of each cache of the first core, such as {"L1d": "48K"}."""
+    found = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+        except OSError:
+            continue
+        found[f"L{level}" + {"Data": "d", "Instruction": "i"}.get(kind, "")] = size
+    return found
+
+
+def _commit() -> dict[str, Any]:
+    """The commit that the code is from, and whether files (results aside) differ from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+class Elsewhere:
+    """The share of the processors' time that other processes took, between entering and leaving; None if not known.
+
+    Counted are the processors that this process may use, and its own time without that of its children.
+    """
+
+    share: float | None = None
+
+    def __enter__(self) -> Elsewhere:
+        self._before = self._now()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        now = self._now()
+        if now is None or self._before is None:
+            return
+        busy, total, own = (after - before for after, before in zip(now, self._before))
+        self.share = min(1.0, max(0.0, (busy - own) / total)) if total > 0 else None
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds since the start: busy, all, own."""
+        try:
+            allowed = {f"cpu{index}" for index in os.sched_getaffinity(0)}
+            lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+            tick = os.sysconf("SC_CLK_TCK")
+        except (OSError, AttributeError, ValueError):
+            return None
+        # user, nice, system, idle, iowait, irq, softirq, steal; what follows is contained in user.
+        fields = [[int(value) / tick for value in line[1:9]] for line in lines if line and line[0] in allowed]
+        total = sum(map(sum, fields))
+        idle = sum(field[3] + field[4] for field in fields)
+        own = os.times()
+        return total - idle, total, own.user + own.system

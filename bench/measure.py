@@ -1,0 +1,240 @@
+"""One measurement as rows of plain data: the model against its peers, an op against its eager form, the ceilings.
+
+A row is a flat dict of JSON values, the same keys for every peer of a kind; what was not measured is None, and
+``reason`` says why. ``ratio`` is the speed of ours over that of the row's peer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import harness
+import op_cases
+import peers
+import riformer
+import torch
+from harness import Memory, Samples
+from machine import Elsewhere
+from peers import OURS
+
+from riformer_kernels import numerics
+from riformer_kernels.backends import cpu
+
+Progress = Callable[[str], None]
+CEILING_SIDE = 2048
+CEILING_NOTE = "rate of the library's own matrix product (torch.matmul), not a hardware peak"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+def timing(samples: Samples | None, ours: Samples, items: int, elsewhere: float | None) -> dict[str, Any]:
+    """Time, rate and ratio columns; all None without samples. ``elsewhere``: see `machine.Elsewhere`."""
+    keys = (
+        "rounds", "ms", "ms_p20", "ms_p80", "ms_best", "spread", "images_per_s", "images_per_s_p20", "images_per_s_p80",
+        "ratio", "ratio_p20", "ratio_p80", "verdict", "elsewhere",
+    )  # fmt: skip
+    found: dict[str, Any] = dict.fromkeys(keys)
+    if samples is None:
+        return found
+    found["rounds"] = samples.rounds
+    found["spread"], found["elsewhere"] = samples.spread, elsewhere
+    for key in ("median", "p20", "p80", "best"):
+        found["ms" if key == "median" else f"ms_{key}"] = 1e3 * getattr(samples, key)
+    rates = samples.per_second(items)
+    found["images_per_s"], found["images_per_s_p20"], found["images_per_s_p80"] = rates
+    if ours is not samples:
+        ratio = harness.ratio(ours, samples)
+        found["ratio"], found["ratio_p20"], found["ratio_p80"] = ratio.median, ratio.p20, ratio.p80
+        found["verdict"] = harness.verdict(ours, samples, elsewhere)
+    return found
+
+
+def errors(ratios: numerics.ErrorRatios | None) -> dict[str, Any]:
+    """Errors against float64, and as multiples of eager PyTorch's."""
+    found: dict[str, Any] = {}
+    for name in ("max", "rms", "channel", "position"):
+        found[f"error_{name}"] = None if ratios is None else getattr(ratios.ours, name)
+        found[f"error_ratio_{name}"] = None if ratios is None else getattr(ratios, name)
+    return {**found, "error_passed": None if ratios is None else ratios.passed}
+
+
+def rate(flop: int, seconds: float, ceiling: float | None) -> dict[str, Any]:
+    """Arithmetic rate of the matrix products, and its share of a measured ceiling (FLOP/s)."""
+    per_second = flop / seconds if flop else None
+    return {
+        "gflop_per_s": None if per_second is None else per_second / 1e9,
+        "ceiling_share": per_second / ceiling if per_second is not None and ceiling else None,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+def model(
+    arch: Any,
+    size: int,
+    batch: int,
+    dtype: torch.dtype,
+    *,
+    seconds: float,
+    compiled: bool = True,
+    memory: bool = True,
+    ceiling: float | None = None,
+    progress: Progress = lambda text: None,
+) -> list[dict[str, Any]]:
+    """The patched model against all peers, interleaved; one row each, ours first.
+
+    Args:
+        arch: a name, or a dict in mmpretrain's form.
+        size: side of the images in pixels.
+        seconds: of measuring, for each peer.
+        compiled: whether to have torch.compile among the peers.
+        memory: whether to measure the memory of ours and eager, each in its own process.
+        ceiling: FLOP/s for ``ceiling_share``.
+        progress: gets a line before each step.
+
+    Raises:
+        AssertionError, VerificationError: the patched model's numbers are off; there is no timing then.
+    """
+    subject = peers.Subject(peers.random_model(arch, dtype), peers.random_images(batch, size, dtype))
+    progress("float64 and eager for the error figures")
+    judge = peers.Judge(subject)
+    built, ratios = {}, {}
+    try:
+        for name in peers.names(compiled):
+            progress(f"building {name}")
+            built[name] = peers.build(name, subject)
+            if built[name].run is not None:
+                ratios[name] = judge.ratios(built[name])
+        calls = {name: peer.on(subject.x) for name, peer in built.items() if peer.run is not None}
+        progress(f"timing {len(calls)} peers")
+        with torch.inference_mode(), Elsewhere() as elsewhere:
+            times = harness.interleave(calls, seconds * len(calls))
+    finally:
+        if compiled:
+            peers.forget_compiled()
+    memories = {name: _memory(arch, size, batch, dtype, name, progress) for name in peers.MEASURED} if memory else {}
+    flop = 2 * batch * riformer.count_macs(subject.model, size, count="products")
+    common = {
+        "kind": "model", "arch": arch if isinstance(arch, str) else "custom", "size": size, "batch": batch,
+        "dtype": dtype_name(dtype), "device": "cpu", "isa": cpu.isa_status()["chosen"],
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    return [
+        {
+            **common,
+            "peer": name,
+            "form": peer.form,
+            "detail": peer.detail or None,
+            "reason": peer.reason,
+            **timing(times.get(name), times[OURS], batch, elsewhere.share),
+            **(rate(flop, times[name].median, ceiling) if name in times else rate(0, 1.0, None)),
+            **errors(ratios.get(name)),
+            **_memory_columns(memories, name),
+        }
+        for name, peer in built.items()
+    ]
+
+
+def _memory(arch: Any, size: int, batch: int, dtype: torch.dtype, name: str, progress: Progress) -> Memory:
+    progress(f"memory of {name}")
+    arguments = {"arch": arch, "size": size, "dtype": dtype_name(dtype), "name": name}
+    return harness.peak_memory("peers:memory_subject", arguments, batch, threads=torch.get_num_threads())
+
+
+def _memory_columns(memories: Mapping[str, Memory], name: str) -> dict[str, Any]:
+    """Extra peak memory, and that of ours over it."""
+    if name not in memories:
+        return dict.fromkeys(("extra_memory_bytes", "memory_ratio", "memory_method", "memory_reason"))
+    found, ours = memories[name], memories[OURS].extra_bytes
+    known = name != OURS and ours is not None and found.extra_bytes
+    return {
+        "extra_memory_bytes": found.extra_bytes,
+        "memory_ratio": ours / found.extra_bytes if known else None,
+        "memory_method": found.method,
+        "memory_reason": found.reason,
+    }
+
+
+def best_peer(rows: list[dict[str, Any]], form: str) -> dict[str, Any] | None:
+    """The row of the fastest peer of a form, or None."""
+    others = [row for row in rows if row["peer"] != OURS and row["form"] == form and row["ms"] is not None]
+    return min(others, key=lambda row: row["ms"], default=None)
+
+
+def summary(ours: dict[str, Any], others: dict[str, dict[str, Any]], best: str) -> dict[str, Any]:
+    """For pytest-benchmark's ``extra_info``: the row of ours, and each peer's interleaved ratio; ``ratio`` is that to the fastest of them."""
+    found = {key: value for key, value in ours.items() if value is not None}
+    for key in ("ratio", "ratio_p20", "ratio_p80", "verdict"):
+        found[key] = others[best][key]
+    found["ratio_to"] = best
+    found["peers"] = {
+        name: {key: row[key] for key in ("ms", "ratio", "ratio_p20", "ratio_p80", "verdict", "reason")}
+        for name, row in others.items()
+    }
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- op
+
+
+def op(case: op_cases.OpCase, *, seconds: float, ceiling: float | None = None) -> list[dict[str, Any]]:
+    """One op against its eager form in both layouts; the numbers are asserted first.
+
+    Raises:
+        AssertionError: the numbers are off.
+    """
+    built = op_cases.build(case)
+    ratios = built.check()
+    x, moments = built.inputs()
+    calls: dict[str, Callable[[], object]] = {OURS: lambda: built.ours(x, moments), **built.eager(x)}
+    with torch.inference_mode():
+        size = built.bytes(built.ours(x, moments))
+        with Elsewhere() as elsewhere:
+            times = harness.interleave(calls, seconds * len(calls))
+    common = {
+        "kind": "op", "op": case.op, "shape": list(case.shape), "batch": case.batch, "dtype": dtype_name(case.dtype),
+        "device": x.device.type, "backend": built.backend.name, "isa": built.backend.detail(),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    return [
+        {
+            **common,
+            "peer": name,
+            "reason": None,
+            **timing(samples, times[OURS], case.batch, elsewhere.share),
+            **rate(built.flop, samples.median, ceiling),
+            "gbyte_per_s": size / samples.median / 1e9 if name == OURS else None,
+            **errors(ratios if name == OURS else None),
+        }
+        for name, samples in times.items()
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- ceilings
+
+
+def ceilings(dtypes: tuple[torch.dtype, ...], *, seconds: float, side: int = CEILING_SIDE) -> list[dict[str, Any]]:
+    """The rate of a square ``torch.matmul`` in each dtype, with the threads that are set: what is to be had here.
+
+    It is the library's matrix product, not a hardware peak: a share above 1 is possible where the library is slow.
+    """
+    operands = {dtype: torch.randn(2, side, side).to(dtype).unbind() for dtype in dtypes}
+    calls = {dtype_name(dtype): lambda pair=pair: torch.matmul(*pair) for dtype, pair in operands.items()}
+    with torch.inference_mode():
+        times = harness.interleave(calls, seconds * len(calls), min_rounds=3, warmup=1)
+    rows = []
+    for name, samples in times.items():
+        median, p20, p80 = samples.per_second(2 * side**3 / 1e12)
+        rows.append({
+            "kind": "ceiling", "dtype": name, "device": "cpu", "threads": torch.get_num_threads(), "side": side,
+            "tflop_per_s": median, "tflop_per_s_p20": p20, "tflop_per_s_p80": p80, "spread": samples.spread,
+            "rounds": samples.rounds, "note": CEILING_NOTE,
+        })  # fmt: skip
+    return rows
