@@ -25,10 +25,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 try:
+    import riformer
     import torch
     from torch import Tensor, nn
 
-    import riformer
     import riformer_kernels
     from riformer_kernels import numerics
     from riformer_kernels.cli._output import table

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from riformer.model import RIFormer
+from riformer.randomize import randomize_
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from riformer.model import RIFormer
-from riformer.randomize import randomize_
 from riformer_kernels import backends
 
 TINY = {"layers": [2, 2, 2, 2], "embed_dims": [16, 32, 48, 64]}

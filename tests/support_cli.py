@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import riformer
 import torch
 from conftest import TINY
 from PIL import Image
-
-import riformer
-from riformer_kernels.cli import bench, info
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("info", "verify", "predict", "convert", "bench")

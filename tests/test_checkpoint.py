@@ -11,11 +11,10 @@ import types
 
 import numpy as np
 import pytest
-import torch
-from support_riformer import nested, one_thread, same, snapshot  # noqa: F401
-
 import riformer
+import torch
 from riformer import CheckpointError, RIFormer, load_checkpoint, load_into, randomize_, save_checkpoint
+from support_riformer import nested, one_thread, same, snapshot  # noqa: F401
 
 TINY = {"layers": [1, 2], "embed_dims": [8, 16], "mlp_ratios": [4, 2.5]}
 

@@ -10,15 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import riformer
 import torch
 from support_cli import COMMANDS, EXACT, ROOT, Terminal, checkpoint, environment, photos, tiny  # noqa: F401
 from support_riformer import one_thread  # noqa: F401
 
-import riformer
 import riformer_kernels
 from riformer_kernels import backends
 from riformer_kernels.cli import _output, bench, info, main, parser
-
 
 # ------------------------------------------------------------------------------------------------- the tool as a whole
 

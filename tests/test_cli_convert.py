@@ -9,11 +9,11 @@ import pickle
 from pathlib import Path
 
 import pytest
+import riformer
 import torch
 from support_cli import checkpoint, tiny  # noqa: F401
 from support_riformer import one_thread  # noqa: F401
 
-import riformer
 from riformer_kernels.cli import main
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import riformer
 import torch
 from PIL import Image
 from support_cli import EXACT, checkpoint, photos, pixels, probabilities, softmax, tiny  # noqa: F401
 from support_riformer import one_thread  # noqa: F401
 
-import riformer
 from riformer_kernels.cli import _images, _output, main
 
 

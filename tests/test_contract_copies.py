@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import close
+from riformer.model import RIFormer
 from torch import nn
 
-from riformer.model import RIFormer
 from riformer_kernels import BackendError, backends, patch, unpatch
 from riformer_kernels.fused import CONFIG, FusedBackbone
 

@@ -11,10 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import riformer
 import torch
 from support_riformer import one_thread  # noqa: F401  (a fixture)
 
-import riformer
 import riformer_kernels
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))

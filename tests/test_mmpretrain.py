@@ -8,11 +8,11 @@ import pickle
 import pytest
 import torch
 from conftest import OpCounter
+from riformer.randomize import randomize_
 from support_mmpretrain import import_mmpretrain
 from support_riformer import one_thread  # noqa: F401
 
 import riformer_kernels
-from riformer.randomize import randomize_
 from riformer_kernels import numerics
 from riformer_kernels.errors import PatchError
 

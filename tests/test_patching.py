@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import TINY, close
+from riformer.model import RIFormer
 from torch import nn
 
 import riformer_kernels
-from riformer.model import RIFormer
 from riformer_kernels import BackendError, InputError, PatchError, VerificationError, backends, patch, unpatch
 from riformer_kernels.fused import CONFIG, FusedBackbone
 

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from riformer.model import Affine, Mlp, RIFormer, RIFormerBlock
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from riformer.model import Affine, Mlp, RIFormer, RIFormerBlock
 from riformer_kernels import probe, recognise
 
 

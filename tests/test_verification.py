@@ -7,9 +7,9 @@ import dataclasses
 
 import pytest
 import torch
+from riformer.model import RIFormer
 from torch import nn
 
-from riformer.model import RIFormer
 from riformer_kernels import VerificationError, backends, ops, patch, verification
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

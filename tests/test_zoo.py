@@ -11,9 +11,8 @@ import socket
 import threading
 
 import pytest
-import torch
-
 import riformer
+import torch
 from riformer import zoo
 
 ARCHS = ("s12", "s24", "s36", "m36", "m48")

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import _digits
-
 import riformer
 
 # 213 thousand parameters, 0.86 MB in float32. Layer scale starts at 0.1 and is trained. For the accuracy the start does
