@@ -24,13 +24,14 @@ test-fast: $(VENV)/.test
 bench: $(VENV)/.test
 	$(PYTEST) bench --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
 
+# `pytest` and not `python -m pytest`, which would put this folder, and with it the normal library, first.
 # The op tests once more under AddressSanitizer and UndefinedBehaviorSanitizer, on a second build of the library.
 sanitize: $(VENV)/.test
 	CMAKE_ARGS="-DRIFORMER_SANITIZE=address,undefined" $(PIP) install --quiet --no-build-isolation --no-deps \
 	  --upgrade --target build/sanitized .
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized OMP_WAIT_POLICY=passive \
-	  $(BIN)/python -m pytest -q -p no:cacheprovider tests/test_sanitized.py
+	  $(BIN)/pytest -q -p no:cacheprovider tests/test_sanitized.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check riformer_kernels python tests bench examples setup.py

@@ -34,13 +34,18 @@ per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype
 per_norm = pytest.mark.parametrize("norm", ["gn", "ln"])
 
 
-@contextlib.contextmanager
-def selected(isa: str) -> Iterator[str]:
-    """The instruction set to use meanwhile. Without the native library: a failure, unless that was asked for."""
+def need_native() -> None:
+    """Without the native library: a failure, unless RIFORMER_CPU=off asked for it. Modules call it too."""
     reason = cpu.unusable()
     if reason and os.environ.get("RIFORMER_CPU") == "off":
-        pytest.skip(f"RIFORMER_CPU=off: {reason}")
+        pytest.skip(f"RIFORMER_CPU=off: {reason}", allow_module_level=True)
     assert reason is None, f"the native library is not usable: {reason}"
+
+
+@contextlib.contextmanager
+def selected(isa: str) -> Iterator[str]:
+    """The instruction set to use meanwhile."""
+    need_native()
     before = cpu.isa_status()["chosen"]
     cpu.select_isa(isa)
     try:
@@ -77,7 +82,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Block:
-    """A case of ``block``. ``form``: "training" and "deployed" blocks, or "unit", the LN-1x1 unit without first half."""
+    """A case of ``block``. ``form``: "training" and "deployed" blocks, or the LN-1x1 "unit", no first half."""
 
     channels: int = 16
     size: tuple[int, int] = (9, 7)
@@ -302,7 +307,7 @@ def like(x: torch.Tensor) -> torch.Tensor:
 
 
 # In units of float32's rounding error. Tile means of at most 64 values are merged one after the other: each of at most
-# T = 49 merges rounds the mean once, and an old error keeps shrinking with its share, so sqrt(T / 3) / 2 units are typical.
+# T = 49 merges rounds the mean once, and an old error keeps shrinking with its share, so sqrt(T) / 3 is typical.
 MOMENT_UNITS = 8.0
 
 
@@ -362,7 +367,7 @@ def all_pairs(kind: type, limit: int, **factors: tuple) -> tuple:
     return tuple(cases)
 
 
-# The cases that the semantics hang on, all float32: no bfloat16 row can see a tanh GELU, a dropped eps or a rounded rstd.
+# The cases that the semantics hang on, all float32: no bfloat16 row sees a tanh GELU, a dropped eps or a rounded rstd.
 SEMANTICS = tuple(
     Block(norm=norm, form=form, residual=residual, seed=1)
     for norm in ("gn", "ln") for form in ("training", "deployed") for residual in (True, False)

@@ -6,10 +6,29 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support_ops import (
-    DTYPES, LAYOUTS, OPS, PARAMETERS, SEMANTICS, Block, all_pairs, block_parameters, check_block, check_moments, eager_block, lay_out, like, native_block, per_dtype, per_isa, per_norm, threads, tokens,
+from support_ops import (  # noqa: F401
+    DTYPES,
+    LAYOUTS,
+    OPS,
+    PARAMETERS,
+    SEMANTICS,
+    Block,
+    all_pairs,
+    block_parameters,
+    check_block,
+    check_moments,
+    eager_block,
+    isa_fixture,
+    lay_out,
+    like,
+    native_block,
+    one_thread,
+    per_dtype,
+    per_isa,
+    per_norm,
+    threads,
+    tokens,
 )
-from support_ops import   # noqa: F401
 
 SIZES = ((1, 1), (5, 5), (7, 7), (9, 7), (14, 14), (17, 20), (28, 28))
 GRID = all_pairs(

@@ -84,8 +84,8 @@ def expected_embed(case: Embed) -> Expected:
     golden = [eager_embed(x.contiguous(), p, torch.float64) for x, p in arguments]
     plain = arguments
     if case.kernel not in ((7, 7), (3, 3)):
-        # For a 3x5 kernel oneDNN's channels_last sum has 1.5x less error than its NCHW one: one format judges both. (For
-        # the model's two kernels, ours has less than either.)
+        # For a 3x5 kernel oneDNN's channels_last sum has 1.5x less error than its NCHW one: one format judges both.
+        # (For the model's two kernels, ours has less than either.)
         plain = [(x.contiguous(), {**p, "weight": p["weight"].contiguous()}) for x, p in arguments]
     return Expected(arguments, torch.cat([eager_embed(x, p, case.dtype) for x, p in plain]), torch.cat(golden))
 

@@ -1,4 +1,4 @@
-"""Whole models through ``patch``: features and logits by the error-ratio rule, per form, dtype, layout, size and ISA."""
+"""Whole models through ``patch``: features and logits by the error-ratio rule, for every form, dtype and layout."""
 
 from __future__ import annotations
 

@@ -7,10 +7,24 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from support_ops import (
-    DTYPES, EPS, LAYOUTS, OPS, Block, check_ratios, draws, eager_norm, lay_out, per_dtype, per_isa, per_norm, threads, tokens,
+from support_ops import (  # noqa: F401
+    DTYPES,
+    EPS,
+    LAYOUTS,
+    OPS,
+    Block,
+    check_ratios,
+    draws,
+    eager_norm,
+    isa_fixture,
+    lay_out,
+    one_thread,
+    per_dtype,
+    per_isa,
+    per_norm,
+    threads,
+    tokens,
 )
-from support_ops import   # noqa: F401
 
 
 def native_head(x, p, per_position, dtype=None):

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support_ops import (
-    LAYOUTS, OPS, check_moments, draws, lay_out, per_dtype, per_isa, threads,
+from support_ops import (  # noqa: F401
+    LAYOUTS,
+    OPS,
+    check_moments,
+    draws,
+    isa_fixture,
+    lay_out,
+    need_native,
+    one_thread,
+    per_dtype,
+    per_isa,
+    threads,
 )
-from support_ops import   # noqa: F401
 
 from riformer_kernels import BackendError
 from riformer_kernels.backends import cpu
@@ -31,6 +40,7 @@ def test_instruction_set_is_tested_here(name):
 
 
 def test_unknown_instruction_set_changes_nothing():
+    need_native()
     before = cpu.isa_status()["chosen"]
     with pytest.raises(BackendError, match="unknown instruction set 'neon': expected one of"):
         cpu.select_isa("neon")

@@ -9,9 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support_ops import (
-    SEMANTICS, Block, block_parameters, check_block, check_moments, draws, tokens,
+    SEMANTICS,
+    Block,
+    block_parameters,
+    check_block,
+    check_moments,
+    draws,
+    one_thread,  # noqa: F401
+    tokens,
 )
-from support_ops import   # noqa: F401
 from test_embed import Embed, check_embed
 from test_equivalence import check_model
 from test_head import check_head
@@ -131,7 +137,8 @@ EMBEDS = (
 )
 EMBED_FAULTS = (
     "bias dropped", "last tap dropped", "last input channel dropped", "taps transposed", "padding shifted",
-    "padding with the edge", "tile zero", "images rounded to bf16", "moments of half of it", "bias of one channel dropped",
+    "padding with the edge", "tile zero", "images rounded to bf16", "moments of half of it",
+    "bias of one channel dropped",
 )  # fmt: skip
 
 
@@ -175,7 +182,7 @@ POOLED = [Block(norm=n, values=v, batch=12) for n in ("gn", "ln") for v in ("nor
 @pytest.mark.parametrize("fault", ["", *NORM_FAULTS])
 def test_norm(fault):
     def run(x, weight, bias, eps, per_position, dtype=None):
-        # In float64, since three float32 roundings in a row are more than eager has; the sums of squares lose nothing there.
+        # In float64, as three float32 roundings in a row are more than eager has; sums of squares lose nothing there.
         v = x if fault == "E[x^2] - E[x]^2" else x.double()
         return norm_with(fault, v, weight.to(v), bias.to(v), eps, per_position).to(x.dtype)
 

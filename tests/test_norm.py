@@ -6,10 +6,26 @@ import itertools
 
 import pytest
 import torch
-from support_ops import (
-    DTYPES, EPS, LAYOUTS, OPS, Block, check_ratios, draws, eager_norm, lay_out, like, per_dtype, per_isa, per_norm, seeds_of, threads, tokens,
+from support_ops import (  # noqa: F401
+    DTYPES,
+    EPS,
+    LAYOUTS,
+    OPS,
+    Block,
+    check_ratios,
+    draws,
+    eager_norm,
+    isa_fixture,
+    lay_out,
+    like,
+    one_thread,
+    per_dtype,
+    per_isa,
+    per_norm,
+    seeds_of,
+    threads,
+    tokens,
 )
-from support_ops import   # noqa: F401
 
 
 def native_norm(x, weight, bias, eps, per_position, dtype=None):

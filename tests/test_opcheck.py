@@ -6,11 +6,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support_ops import (
-    DTYPES, EPS, OPS, PARAMETERS, Block, block_parameters, draws, eager_block, eager_norm, lay_out, per_dtype, per_norm, tokens,
+    DTYPES,
+    EPS,
+    OPS,
+    PARAMETERS,
+    Block,
+    block_parameters,
+    draws,
+    eager_block,
+    eager_norm,
+    lay_out,
+    need_native,
+    one_thread,  # noqa: F401
+    per_dtype,
+    per_norm,
+    tokens,
 )
-from support_ops import   # noqa: F401
 from test_embed import Embed, embed_parameters
 
+need_native()
 KINDS = ("contiguous", "channels_last", "empty", "requires_grad")
 per_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -46,7 +60,15 @@ def arguments_of(op, kind, dtype=torch.float32, norm="gn", form="training"):
         return (x, moments, *needing([parameters[name] for name in PARAMETERS], kind))
     if op == "norm":
         return (x, moments, *needing([draw(16), draw(16)], kind), EPS, flag, dtype)
-    return (x, moments, *needing([draw(16), draw(16)], kind), EPS, *needing([draw(10, 16), draw(10)], kind), flag, dtype)
+    return (
+        x,
+        moments,
+        *needing([draw(16), draw(16)], kind),
+        EPS,
+        *needing([draw(10, 16), draw(10)], kind),
+        flag,
+        dtype,
+    )
 
 
 @per_kind

@@ -8,9 +8,23 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from support_ops import (
-    DTYPES, ISAS, LAYOUTS, OPS, PARAMETERS, Block, block_parameters, check_block, check_moments, draws, lay_out, native_block, selected, threads, tokens,
+    DTYPES,
+    ISAS,
+    LAYOUTS,
+    OPS,
+    PARAMETERS,
+    Block,
+    block_parameters,
+    check_block,
+    check_moments,
+    draws,
+    lay_out,
+    native_block,
+    one_thread,  # noqa: F401
+    selected,
+    threads,
+    tokens,
 )
-from support_ops import   # noqa: F401
 from test_embed import Embed, check_embed, embed_parameters, native_embed
 from test_head import check_head, native_head
 from test_norm import check_norm, native_norm
@@ -31,7 +45,8 @@ seeds = st.integers(0, 1000)
 batches = st.integers(1, 4)
 
 blocks = st.builds(
-    Block, channels=eights, size=sizes, dtype=dtypes, norm=norms, form=st.sampled_from(("training", "deployed", "unit")),
+    Block, channels=eights, size=sizes, dtype=dtypes, norm=norms,
+    form=st.sampled_from(("training", "deployed", "unit")),
     residual=st.booleans(), layout=layouts, batch=batches, hidden=st.integers(1, 48).map(lambda n: 8 * n),
     parameters=st.none() | dtypes, seed=seeds,
 )  # fmt: skip
@@ -45,10 +60,13 @@ def test_block(isa, case):
         check_block(native_block, case, isa)
 
 
-kernels = st.sampled_from([((7, 7), 4, 2), ((3, 3), 2, 1), ((3, 3), 1, 1), ((2, 2), 2, 0), ((1, 1), 1, 0), ((4, 5), 3, 2)])
+kernels = st.sampled_from(
+    [((7, 7), 4, 2), ((3, 3), 2, 1), ((3, 3), 1, 1), ((2, 2), 2, 0), ((1, 1), 1, 0), ((4, 5), 3, 2)]
+)
 embeds = st.builds(
     lambda shape, **options: Embed(kernel=shape[0], stride=shape[1], padding=shape[2], **options),
-    shape=kernels, in_channels=st.integers(1, 20), channels=st.integers(1, 70), size=st.tuples(st.integers(4, 40), st.integers(4, 40)),
+    shape=kernels, in_channels=st.integers(1, 20), channels=st.integers(1, 70),
+    size=st.tuples(st.integers(4, 40), st.integers(4, 40)),
     dtype=dtypes, images=st.none() | dtypes, parameters=st.none() | dtypes, layout=layouts,
     weight_layout=st.sampled_from(("nchw", "channels_last", "strided")), bias=st.booleans(), batch=batches, seed=seeds,
 )  # fmt: skip
@@ -66,7 +84,16 @@ def test_embed(isa, case):
         check_embed(native_embed, case, isa)
 
 
-@given(isa=isas, channels=st.integers(1, 70), size=sizes, dtype=dtypes, norm=norms, layout=layouts, batch=batches, seed=seeds)
+@given(
+    isa=isas,
+    channels=st.integers(1, 70),
+    size=sizes,
+    dtype=dtypes,
+    norm=norms,
+    layout=layouts,
+    batch=batches,
+    seed=seeds,
+)
 @PROFILE
 def test_norm_and_moments(isa, channels, size, dtype, norm, layout, batch, seed):
     # Statistics of a handful of values: by chance they are nearly equal, and what is compared is chance.

@@ -11,10 +11,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support_ops import (
-    ISAS, LAYOUTS, OPS, PARAMETERS, Block, block_parameters, check_block, check_moments, lay_out, native_block, per_dtype, per_isa, per_norm, threads, tokens,
+from support_ops import (  # noqa: F401
+    ISAS,
+    LAYOUTS,
+    OPS,
+    PARAMETERS,
+    Block,
+    block_parameters,
+    check_block,
+    check_moments,
+    isa_fixture,
+    lay_out,
+    native_block,
+    one_thread,
+    per_dtype,
+    per_isa,
+    per_norm,
+    threads,
+    tokens,
 )
-from support_ops import   # noqa: F401
 from test_embed import Embed, check_embed, embed_parameters, native_embed
 from test_head import check_head, native_head
 from test_norm import check_norm, native_norm

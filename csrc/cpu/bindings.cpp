@@ -157,6 +157,8 @@ std::tuple<Tensor, Tensor> embed(const Tensor& x, const Tensor& weight, const Op
   if (weight.dim() != 4 || weight.size(1) != x.size(1))
     fail("riformer::embed: weight has shape ", shape_of(weight), " for images of shape ", shape_of(x),
          "; expected [channels, ", x.size(1), ", kernel height, kernel width]");
+  if (weight.size(1) * weight.size(2) * weight.size(3) == 0)
+    fail("riformer::embed: weight has shape ", shape_of(weight), ": there is nothing to sum");
   if (stride < 1 || padding < 0) fail("riformer::embed: stride ", stride, " and padding ", padding, ", expected >= 1 and >= 0");
   riformer::cpu::EmbedArgs args{};
   args.batch = x.size(0);
@@ -214,6 +216,8 @@ riformer::cpu::BlockArgs block_args(Parameters& parameters, const Tensor& x, con
   args.positions = x.size(2) * x.size(3);
   args.hidden = fc1_weight.dim() > 0 ? fc1_weight.size(0) : 0;
   const int64_t channels = args.channels;
+  if (args.batch > 0 && args.positions == 0)
+    fail("riformer::block: x has shape ", shape_of(x), ": moments of no positions do not exist");
   if (channels % 8 || args.hidden % 8 || channels == 0 || args.hidden == 0)
     fail("riformer::block: ", channels, " channels and ", args.hidden,
          " hidden channels, expected multiples of 8; use backend='reference' for other widths");

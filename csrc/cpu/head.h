@@ -41,22 +41,27 @@ struct HeadKernel {
   }
 
   // Each channel's sum runs over vectors of positions in order, then over the lanes.
-  void pool_positions(int64_t image) const {
+  void pool_positions(int64_t image) {
     const int64_t channels = args.channels;
     const X* x = static_cast<const X*>(args.x) + image * channels * args.positions;
     float* to = column(image);
-    for (int64_t c = 0; c < channels; ++c) to[c * kTokens] = 0.f;
+    double* sums = static_cast<double*>(cpu::thread_scratch(channels * static_cast<int64_t>(sizeof(double))));
+    if (!sums) {
+      missing.store(channels * static_cast<int64_t>(sizeof(double)));
+      return;
+    }
+    for (int64_t c = 0; c < channels; ++c) sums[c] = 0.;
     for (int64_t j = 0; j < args.positions; j += Vec::kLanes) {
       const int n = static_cast<int>(args.positions - j < Vec::kLanes ? args.positions - j : Vec::kLanes);
       const auto load = [&](int64_t c) { return Vec::load_n(x + c * args.positions + j, n); };
       Vec mean, rstd;
       position_statistics(channels, args.eps, load, &mean, &rstd);
-      for (int64_t c = 0; c < channels; ++c) to[c * kTokens] += keep_n((load(c) - mean) * rstd, n).sum();
+      for (int64_t c = 0; c < channels; ++c) sums[c] += keep_n((load(c) - mean) * rstd, n).sum();
     }
-    const float share = 1.f / static_cast<float>(args.positions);
+    const double share = 1. / static_cast<double>(args.positions);
     for (int64_t c = 0; c < channels; ++c)
-      to[c * kTokens] = static_cast<float>(to[c * kTokens] * share * read(args.norm_weight, c, 1) +
-                                           read(args.norm_bias, c, 0));
+      to[c * kTokens] =
+          static_cast<float>(sums[c] * share * read(args.norm_weight, c, 1) + read(args.norm_bias, c, 0));
   }
 
   // Classes [first, first + count).
@@ -87,7 +92,7 @@ struct HeadKernel {
   }
 
   static void run_pool(int64_t begin, int64_t end, void* context) {
-    const auto& kernel = *static_cast<const HeadKernel*>(context);
+    auto& kernel = *static_cast<HeadKernel*>(context);
     for (int64_t image = begin; image < end; ++image)
       kernel.args.per_position ? kernel.pool_positions(image) : kernel.pool_from_moments(image);
   }

@@ -32,25 +32,31 @@ inline void tile_moments(const T* tokens, const Tiles& tiles, int64_t tile, int6
   for (int64_t c = 0; c < channels; ++c) row_moments(base + c * tiles.positions, length, mean + c, mean + channels + c);
 }
 
-// Chan, Golub and LeVeque's update, tile after tile, for all channels of one image.
+// Chan, Golub and LeVeque's update, tile after tile, for all channels of one image. In double: after some hundred tiles
+// a tile's share of the difference is below a float32 mean's last digit, and the mean would stand still.
 inline void merge_moments(const float* partial, const Tiles& tiles, int64_t image, int64_t channels, float* moments) {
+  constexpr int64_t kGroup = 16;
   const float* first = partial + image * tiles.per_image * 2 * channels;
-  for (int64_t c = 0; c < channels; c += Vec::kLanes) {
-    const int n = static_cast<int>(channels - c < Vec::kLanes ? channels - c : Vec::kLanes);
-    Vec mean = Vec::load_n(first + c, n);
-    Vec centred = Vec::load_n(first + channels + c, n);
-    float seen = static_cast<float>(tiles.length(0));
+  for (int64_t c = 0; c < channels; c += kGroup) {
+    const int n = static_cast<int>(channels - c < kGroup ? channels - c : kGroup);
+    double mean[kGroup], centred[kGroup];
+    for (int i = 0; i < n; ++i) mean[i] = first[c + i];
+    for (int i = 0; i < n; ++i) centred[i] = first[channels + c + i];
+    double seen = static_cast<double>(tiles.length(0));
     for (int64_t tile = 1; tile < tiles.per_image; ++tile) {
       const float* next = first + tile * 2 * channels + c;
-      const float length = static_cast<float>(tiles.length(tile));
-      const float share = length / (seen + length);
-      const Vec delta = Vec::load_n(next, n) - mean;
-      mean = fma(delta, Vec::broadcast(share), mean);
-      centred = centred + fma(delta * delta, Vec::broadcast(seen * share), Vec::load_n(next + channels, n));
+      const double length = static_cast<double>(tiles.length(tile));
+      const double share = length / (seen + length);
+      for (int i = 0; i < n; ++i) {
+        const double delta = next[i] - mean[i];
+        mean[i] += delta * share;
+        centred[i] += next[channels + i] + delta * delta * (seen * share);
+      }
       seen += length;
     }
-    mean.store_n(moments + image * 2 * channels + c, n);
-    centred.store_n(moments + image * 2 * channels + channels + c, n);
+    float* out = moments + image * 2 * channels + c;
+    for (int i = 0; i < n; ++i) out[i] = static_cast<float>(mean[i]);
+    for (int i = 0; i < n; ++i) out[channels + i] = static_cast<float>(centred[i]);
   }
 }
 

@@ -94,13 +94,17 @@ inline void position_statistics(int64_t channels, double eps, Load load, Vec* me
   for (int64_t c = 0; c < channels; ++c) sums[c & 3] = sums[c & 3] + load(c);
   const Vec share = Vec::broadcast(1.f / static_cast<float>(channels));
   const Vec mu = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * share;
+  // What the differences add up to is the error of mu: a mean far from zero would keep that of its own sum.
+  Vec rest[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
   for (auto& sum : sums) sum = Vec::zero();
   for (int64_t c = 0; c < channels; ++c) {
     const Vec difference = load(c) - mu;
+    rest[c & 3] = rest[c & 3] + difference;
     sums[c & 3] = fma(difference, difference, sums[c & 3]);
   }
-  const Vec variance = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * share;
-  *mean = mu;
+  const Vec error = ((rest[0] + rest[1]) + (rest[2] + rest[3])) * share;
+  const Vec variance = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * share - error * error;
+  *mean = mu + error;
   *rstd = rsqrt(variance + Vec::broadcast(static_cast<float>(eps)));
 }
 

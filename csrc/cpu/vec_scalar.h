@@ -49,9 +49,9 @@ inline Vec rsqrt(Vec a) { return {1.f / std::sqrt(a.v)}; }
 // a where x is negative, otherwise b
 inline Vec if_negative(Vec x, Vec a, Vec b) { return {x.v < 0.f ? a.v : b.v}; }
 inline Vec nearest(Vec a) { return {std::nearbyint(a.v)}; }
-// a * 2^whole
+// a * 2^whole, zero below the normal range; NaN stays NaN
 inline Vec scale_exponent(Vec a, Vec whole) {
-  return {whole.v < -126.f ? 0.f : std::ldexp(a.v, static_cast<int>(whole.v))};
+  return {whole.v >= -126.f ? std::ldexp(a.v, static_cast<int>(whole.v)) : a.v * 0.f};
 }
 // Lanes [0, n) of v, the others zero
 inline Vec keep_n(Vec v, int) { return v; }
