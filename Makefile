@@ -24,8 +24,8 @@ test-fast: $(VENV)/.test
 bench: $(VENV)/.test
 	$(PYTEST) bench --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
 
-# `pytest` and not `python -m pytest`, which would put this folder, and with it the normal library, first.
 # The op tests once more under AddressSanitizer and UndefinedBehaviorSanitizer, on a second build of the library.
+# `pytest` and not `python -m pytest`, which would put this folder, and with it the normal library, first.
 sanitize: $(VENV)/.test
 	CMAKE_ARGS="-DRIFORMER_SANITIZE=address,undefined" $(PIP) install --quiet --no-build-isolation --no-deps \
 	  --upgrade --target build/sanitized .

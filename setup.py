@@ -93,7 +93,8 @@ class BuildLibrary(build_ext):
         configure = [
             tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DCMAKE_CXX_COMPILER={shlex.split(compiler())[0]}",
-            f"-DTORCH_ROOT={torch_root()}", *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+            # Said each time, because CMake remembers an earlier build's answer.
+            f"-DTORCH_ROOT={torch_root()}", "-DRIFORMER_SANITIZE=", *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
         for command in (configure, [tool("cmake"), "--build", str(build)]):
             if subprocess.run(command).returncode != 0:
