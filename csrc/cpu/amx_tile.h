@@ -75,20 +75,11 @@ inline void tiles_release() { _tile_release(); }
 
 #endif
 
-// bfloat16 products in tiles: 32 rows of weights times 32 tokens, 32 k at a time. Panel layout: [k / 2][kTokens][2].
-struct GemmAmx {
-  using Element = bf16;
+// bfloat16 products in tiles: 32 rows of weights times 32 tokens, 32 k at a time.
+struct GemmAmx : PairPanel<2 * Vec::kLanes> {
   static constexpr int kStep = 32;
   static constexpr int kRows = 32;
-  static constexpr int kCopiedRows = 32;
   static constexpr int kVectors = 2;
-  static constexpr int kTokens = kVectors * Vec::kLanes;
-
-  static Element* at(Element* panel, int64_t k, int token) { return panel + k * kTokens + 2 * token; }  // even k
-
-  static void put(Element* panel, int64_t k, int token, Vec a, Vec b, int n) {
-    store_pairs_n(at(panel, k, token), a, b, n);
-  }
 
   template <int kUsed>
   static void run(const Element* weight, int64_t stride, const Element* panel, int64_t depth, float* c, bool accumulate) {

@@ -17,19 +17,17 @@ namespace riformer::RIFORMER_ISA {
 // What a task is cut into. A function of the widths alone, never of the batch.
 struct BlockChoice {
   int64_t tokens;        // wanted per task
-  int64_t hidden_chunk;  // hidden channels between the two products
+  int64_t hidden_chunk;  // hidden channels between the two products: a panel of them stays in the first-level cache
 };
 
 template <class Gemm>
 inline BlockChoice choose_block(int64_t channels, int64_t hidden, bool per_position) {
-  constexpr int64_t kCacheBytes = RIFORMER_TASK_BYTES;
-  constexpr int64_t kChunk = 256;
-  const int64_t chunk = hidden < kChunk ? hidden : kChunk;
   const int64_t element = sizeof(typename Gemm::Element);
-  const int64_t per_token = (channels + chunk) * element + channels * 4 * (per_position ? 2 : 1);
-  int64_t tokens = kCacheBytes / per_token / Gemm::kTokens * Gemm::kTokens;
+  const int64_t fit = 512 / element;
+  const int64_t per_token = channels * (element + 4 + (per_position ? 4 : 0));
+  int64_t tokens = task_bytes<Gemm>() / per_token / Gemm::kTokens * Gemm::kTokens;
   tokens = tokens < Gemm::kTokens ? Gemm::kTokens : tokens;
-  return {tokens < 384 ? tokens : 384, chunk};
+  return {tokens < 384 ? tokens : 384, hidden < fit ? hidden : fit};
 }
 
 template <class T, class Gemm>
@@ -39,6 +37,7 @@ struct BlockKernel {
 
   const cpu::BlockArgs& args;
   BlockChoice choice;
+  Weights<Gemm> fc1, fc2;
   Tasks tasks;
   int64_t depth1, depth2, rows2, panels;  // padded: channels, hidden chunk, channels as rows; panels of the largest task
   const float *fc1_bias, *fc2_bias, *layer_scale_2;
@@ -49,15 +48,17 @@ struct BlockKernel {
   BlockKernel(const cpu::BlockArgs& args_)
       : args(args_),
         choice(choose_block<Gemm>(args.channels, args.hidden, args.per_position)),
+        fc1{args.fc1_weight, args.hidden, args.channels, 1, args.channels, false},
+        fc2{args.fc2_weight, args.channels, args.hidden, 1, choice.hidden_chunk, false},
         tasks(Tiles(args.batch, args.positions), choice.tokens, args.pool.threads) {
-    depth1 = round_up(args.channels, Gemm::kStep);
-    depth2 = round_up(choice.hidden_chunk, Gemm::kStep);
-    rows2 = round_up(args.channels, Gemm::kRows);
+    depth1 = fc1.padded_depth(0);
+    depth2 = fc2.padded_depth(0);
+    rows2 = fc2.padded_rows();
     panels = (tasks.max_tokens() + kTokens - 1) / kTokens;
   }
 
   struct Memory {
-    Element *z, *hidden, *weights;
+    Element *z, *hidden;  // panels of the task; one panel
     float *sums, *rows, *y;
     Piece* pieces;
     int64_t bytes;
@@ -65,11 +66,9 @@ struct BlockKernel {
 
   Memory memory(void* base) const {
     Arena arena{static_cast<char*>(base)};
-    const int64_t depth = depth1 > depth2 ? depth1 : depth2;
     Memory m;
     m.z = arena.take<Element>(panels * depth1 * kTokens);
-    m.hidden = arena.take<Element>(panels * depth2 * kTokens);
-    m.weights = arena.take<Element>(Gemm::kCopiedRows * depth);
+    m.hidden = arena.take<Element>(depth2 * kTokens);
     m.sums = arena.take<float>(panels * rows2 * kTokens);
     m.rows = arena.take<float>(Gemm::kRows * kTokens);
     m.y = arena.take<float>(args.per_position ? panels * args.channels * kTokens : 0);
@@ -96,12 +95,11 @@ struct BlockKernel {
         const Vec centre = Vec::broadcast(*map.centre);
         const Vec scale_a = Vec::broadcast(map.z_scale[c]), shift_a = Vec::broadcast(map.z_shift[c]);
         const Vec scale_b = Vec::broadcast(map.z_scale[c + 1]), shift_b = Vec::broadcast(map.z_shift[c + 1]);
-        for (int j = 0; j < piece->length; j += Vec::kLanes) {
-          const int n = piece->length - j;
-          const Vec za = fma(scale_a, Vec::load_n(a + j, n) - centre, shift_a);
-          const Vec zb = fma(scale_b, Vec::load_n(b + j, n) - centre, shift_b);
-          Gemm::put(panel, c, piece->token + j, za, zb, n);
-        }
+        for_each_vector(piece->length, [&](int64_t j, auto lanes) {
+          const Vec za = fma(scale_a, load(a + j, lanes) - centre, shift_a);
+          const Vec zb = fma(scale_b, load(b + j, lanes) - centre, shift_b);
+          Gemm::put(panel, c, piece->token + j, za, zb, lanes);
+        });
       }
   }
 
@@ -169,65 +167,108 @@ struct BlockKernel {
     return ahead;
   }
 
-  // hidden[h0, h0 + chunk) = gelu(W1 z + b1)
-  void first_product(int64_t h0, int64_t chunk, int64_t padded, int64_t tokens, Ahead& ahead, const Memory& m) const {
-    const WeightPart part{args.fc1_weight.data, args.fc1_weight.dtype, h0 * args.channels, args.channels, chunk,
-                          args.channels};
-    multiply_panels<Gemm>(
-        part, m.z, tokens, depth1, false, m.weights, [&](int64_t, int64_t) { return m.rows; },
-        [&](int64_t p, int64_t row, int64_t rows, int vectors, const float* c) {
-          ahead.step();
-          Element* panel = m.hidden + p * padded * kTokens;
-          const float* bias = fc1_bias + h0 + row;
-          for (int64_t i = 0; i < rows; i += 2) {
-            const Vec bias_a = Vec::broadcast(bias[i]), bias_b = Vec::broadcast(bias[i + 1]);
-            for (int v = 0; v < vectors; ++v) {
-              const float* from = c + i * kTokens + v * Vec::kLanes;
-              const Vec a = Gemm::gelu(Vec::load(from) + bias_a);
-              const Vec b = Gemm::gelu(Vec::load(from + kTokens) + bias_b);
-              Gemm::put(panel, row + i, v * Vec::kLanes, a, b, Vec::kLanes);
-            }
-          }
-        });
-  }
-
-  // sums (+)= W2[:, h0 : h0 + chunk] hidden
-  void second_product(int64_t h0, int64_t chunk, int64_t padded, int64_t tokens, const Memory& m) const {
-    const WeightPart part{args.fc2_weight.data, args.fc2_weight.dtype, h0, args.hidden, args.channels, chunk};
-    multiply_panels<Gemm>(
-        part, m.hidden, tokens, padded, h0 > 0, m.weights,
-        [&](int64_t p, int64_t row) { return m.sums + (p * rows2 + row) * kTokens; },
-        [](int64_t, int64_t, int64_t, int, const float*) {});
-  }
-
-  void finish(int pieces, const Memory& m) const {
-    const int64_t channels = args.channels;
-    for (int64_t c = 0; c < channels; ++c) {
-      const Vec bias = Vec::broadcast(fc2_bias[c]), scale = Vec::broadcast(layer_scale_2[c]);
-      for (const Piece* piece = m.pieces; piece < m.pieces + pieces; ++piece) {
-        const float* sums = m.sums + (piece->panel * rows2 + c) * kTokens + piece->token;
-        T* out = out_row(*piece, c);
-        const auto store = [&](auto y) {
-          for (int j = 0; j < piece->length; j += Vec::kLanes) {
-            const int n = piece->length - j;
-            fma(scale, Vec::load_n(sums + j, n) + bias, y(j, n)).store_n(out + j, n);
-          }
-        };
-        if (!args.residual) {
-          store([](int, int) { return Vec::zero(); });
-        } else if (args.per_position) {
-          const float* kept = m.y + (piece->panel * channels + c) * kTokens + piece->token;
-          store([&](int j, int n) { return Vec::load_n(kept + j, n); });
-        } else {
-          const ImageMap map(maps, piece->image, channels);
-          const Vec centre = Vec::broadcast(*map.centre);
-          const Vec y_scale = Vec::broadcast(map.y_scale[c]), y_shift = Vec::broadcast(map.y_shift[c]);
-          const T* x = x_row(*piece, c);
-          store([&](int j, int n) {
-            const Vec value = Vec::load_n(x + j, n);
-            return value + fma(y_scale, value - centre, y_shift);
-          });
+  // hidden = gelu(W1 z + b1) for hidden channels [h0, h0 + chunk) and one panel
+  void first_product(int64_t h0, int64_t chunk, int64_t panel, int vectors, Ahead& ahead, const Memory& m) const {
+    const WeightRows<Gemm> weight = fc1.at(0);
+    const Element* z = m.z + panel * depth1 * kTokens;
+    for (int64_t row = 0; row < chunk; row += Gemm::kRows) {
+      if (panel == 0) fetch_rows(weight, h0 + row + Gemm::kRows, h0 + chunk, depth1);
+      multiply<Gemm>(vectors, weight.data + (h0 + row) * weight.stride, weight.stride, z, depth1, m.rows, false);
+      ahead.step();
+      const float* bias = fc1_bias + h0 + row;
+      const int64_t rows = chunk - row < Gemm::kRows ? chunk - row : Gemm::kRows;
+      for (int64_t i = 0; i < rows; i += 2) {
+        const Vec bias_a = Vec::broadcast(bias[i]), bias_b = Vec::broadcast(bias[i + 1]);
+        for (int v = 0; v < vectors; ++v) {
+          const float* from = m.rows + i * kTokens + v * Vec::kLanes;
+          const Vec a = Gemm::gelu(Vec::load(from) + bias_a);
+          const Vec b = Gemm::gelu(Vec::load(from + kTokens) + bias_b);
+          Gemm::put(m.hidden, row + i, v * Vec::kLanes, a, b, Full{});
         }
+      }
+    }
+  }
+
+  // sums (+)= W2[:, h0 : h0 + chunk] hidden for one panel; before(row) and done(row) around each block of rows.
+  template <class Before, class Done>
+  void second_product(int64_t h0, int64_t panel, int vectors, const Memory& m, Before before, Done done) const {
+    const WeightRows<Gemm> weight = fc2.at(h0);
+    float* sums = m.sums + panel * rows2 * kTokens;
+    for (int64_t row = 0; row < args.channels; row += Gemm::kRows) {
+      if (panel == 0) fetch_rows(weight, row + Gemm::kRows, args.channels, fc2.depth(h0));
+      before(row);
+      multiply<Gemm>(vectors, weight.data + row * weight.stride, weight.stride, m.hidden, fc2.padded_depth(h0),
+                     sums + row * kTokens, h0 > 0);
+      done(row);
+    }
+  }
+
+  // The x of channels [begin, begin + kRows) of a panel: its rows lie an image plane apart.
+  void fetch(const Piece* first, const Piece* last, int64_t begin) const {
+    const int64_t end = begin + Gemm::kRows < args.channels ? begin + Gemm::kRows : args.channels;
+    for (const Piece* piece = first; piece < last; ++piece)
+      for (int64_t c = begin; c < end; ++c) {
+        const char* row = reinterpret_cast<const char*>(x_row(*piece, c));
+        const int64_t bytes = piece->length * static_cast<int64_t>(sizeof(T));
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+        __builtin_prefetch(row + bytes - 1);
+      }
+  }
+
+  // Channel c of a panel: the bias, the layer scale and the residual; stored.
+  void finish(const Piece* first, const Piece* last, int64_t c, const Memory& m) const {
+    const Vec bias = Vec::broadcast(fc2_bias[c]), scale = Vec::broadcast(layer_scale_2[c]);
+    for (const Piece* piece = first; piece < last; ++piece) {
+      const float* sums = m.sums + (piece->panel * rows2 + c) * kTokens + piece->token;
+      T* out = out_row(*piece, c);
+      const auto put = [&](auto y) {
+        for_each_vector(piece->length, [&](int64_t j, auto lanes) {
+          store(fma(scale, load(sums + j, lanes) + bias, y(j, lanes)), out + j, lanes);
+        });
+      };
+      if (!args.residual) {
+        put([](int64_t, auto) { return Vec::zero(); });
+      } else if (args.per_position) {
+        const float* kept = m.y + (piece->panel * args.channels + c) * kTokens + piece->token;
+        put([&](int64_t j, auto lanes) { return load(kept + j, lanes); });
+      } else {
+        const ImageMap map(maps, piece->image, args.channels);
+        const Vec centre = Vec::broadcast(*map.centre);
+        const Vec y_scale = Vec::broadcast(map.y_scale[c]), y_shift = Vec::broadcast(map.y_shift[c]);
+        const T* x = x_row(*piece, c);
+        put([&](int64_t j, auto lanes) {
+          const Vec value = load(x + j, lanes);
+          return value + fma(y_scale, value - centre, y_shift);
+        });
+      }
+    }
+  }
+
+  // The panels of a task, one after the other for each chunk of hidden channels: a chunk's weights stay in the second-level
+  // cache meanwhile, and a panel's hidden channels in the first.
+  void multiply_task(int64_t tokens, const Piece* pieces_end, Ahead ahead, const Memory& m) const {
+    const int64_t panel_count = (tokens + kTokens - 1) / kTokens;
+    for (int64_t h0 = 0; h0 < args.hidden; h0 += choice.hidden_chunk) {
+      const int64_t chunk = fc2.chunk_channels(h0);
+      const bool final = h0 + chunk >= args.hidden;
+      clear_rows<Gemm>(m.hidden, chunk, fc2.padded_depth(h0));
+      const Piece* first = m.pieces;
+      for (int64_t p = 0; p < panel_count; ++p) {
+        const int vectors = vectors_in<Gemm>(tokens, p);
+        first_product(h0, chunk, p, vectors, ahead, m);
+        if (!final) {
+          second_product(h0, p, vectors, m, [](int64_t) {}, [](int64_t) {});
+          continue;
+        }
+        const Piece* last = first;
+        while (last < pieces_end && last->panel == p) ++last;
+        second_product(
+            h0, p, vectors, m, [&](int64_t row) { fetch(first, last, row); },
+            [&](int64_t row) {
+              const int64_t end = row + Gemm::kRows < args.channels ? row + Gemm::kRows : args.channels;
+              for (int64_t c = row; c < end; ++c) finish(first, last, c, m);
+            });
+        first = last;
       }
     }
   }
@@ -249,19 +290,9 @@ struct BlockKernel {
       for (int i = 0; i < pieces; ++i) normalise_positions(m.pieces[i], m);
     else
       normalise(pieces, m);
-    Ahead ahead = ahead_of(last, tokens);
-    for (int64_t h0 = 0; h0 < args.hidden; h0 += choice.hidden_chunk) {
-      const int64_t left = args.hidden - h0;
-      const int64_t chunk = left < choice.hidden_chunk ? left : choice.hidden_chunk;
-      const int64_t padded = round_up(chunk, Gemm::kStep);
-      if (padded != chunk) clear_padding<Gemm>(m.hidden, tokens, chunk, padded);
-      first_product(h0, chunk, padded, tokens, ahead, m);
-      second_product(h0, chunk, padded, tokens, m);
-    }
-    finish(pieces, m);
+    multiply_task(tokens, m.pieces + pieces, ahead_of(last, tokens), m);
     if (args.moments_out)
-      for (int64_t tile = first; tile < last; ++tile)
-        tile_moments(static_cast<const T*>(args.out), tasks.tiles, tile, args.channels, partial);
+      moments_of_tiles(static_cast<const T*>(args.out), tasks.tiles, first, last, args.channels, partial);
   }
 
   static void run_tasks(int64_t begin, int64_t end, void* context) {
@@ -291,20 +322,26 @@ struct BlockKernel {
     const int64_t channels = args.channels;
     const int64_t map_floats = args.per_position ? 4 * channels : args.batch * ImageMap::floats(channels);
     const int64_t partial_floats = args.moments_out ? tasks.tiles.count() * 2 * channels : 0;
-    const int64_t floats = args.hidden + 2 * channels + map_floats + partial_floats;
-    const Buffer buffer(floats * static_cast<int64_t>(sizeof(float)));
-    if (!buffer.data) return floats * static_cast<int64_t>(sizeof(float));
-    float* next = static_cast<float*>(buffer.data);
-    const auto take = [&](int64_t count) {
-      float* out = next;
-      next += count;
-      return out;
+    Arena arena{nullptr};
+    float *bias1, *bias2, *scale2;
+    Element *copy1, *copy2;
+    const auto take = [&] {
+      bias1 = arena.take<float>(args.hidden);
+      bias2 = arena.take<float>(channels);
+      scale2 = arena.take<float>(channels);
+      maps = arena.take<float>(map_floats);
+      partial = arena.take<float>(partial_floats);
+      copy1 = arena.take<Element>(fc1.copy_elements());
+      copy2 = arena.take<Element>(fc2.copy_elements());
     };
-    float* bias1 = take(args.hidden);
-    float* bias2 = take(channels);
-    float* scale2 = take(channels);
-    maps = take(map_floats);
-    partial = take(partial_floats);
+    take();
+    const int64_t bytes = arena.used;
+    const Buffer buffer(bytes);
+    if (!buffer.data) return bytes;
+    arena = {static_cast<char*>(buffer.data)};
+    take();
+    fc1.prepare(args.pool, copy1);
+    fc2.prepare(args.pool, copy2);
     read_all(args.fc1_bias, args.hidden, 0, bias1);
     read_all(args.fc2_bias, channels, 0, bias2);
     read_all(args.layer_scale_2, channels, 1, scale2);

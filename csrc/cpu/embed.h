@@ -8,64 +8,109 @@
 
 namespace riformer::RIFORMER_ISA {
 
-// `n` elements, `step` apart, as float32. The steps that RIFormer uses are constants, which the compiler turns into
-// shuffles of whole vectors.
-template <class X>
-inline void gather(const X* from, int64_t step, int64_t n, float* to) {
-  if (step == 2)
-    for (int64_t j = 0; j < n; ++j) to[j] = widen(from[2 * j]);
-  else if (step == 4)
-    for (int64_t j = 0; j < n; ++j) to[j] = widen(from[4 * j]);
-  else
-    for (int64_t j = 0; j < n; ++j) to[j] = widen(from[step * j]);
-}
+// The input under a task, for two input channels: padded, and split by column modulo the stride into planes of cells, so
+// that consecutive output columns read consecutive cells. What a cell holds, with e the padded row:
+//   float32             e[stride j + plane] of one channel
+//   pairs of columns    e[stride j + plane - 1] and e[stride j + plane] of one channel: with weights in the order of the
+//                       parameter, both halves of most pairs of taps
+//   pairs of channels   e[stride j + plane] of both channels, for channels_last weights
+// With a stride of 2, the padded row is itself its two planes of pairs of columns, one element apart.
+template <class Gemm>
+struct Planes {
+  using Element = typename Gemm::Element;
+  static constexpr int kCell = Gemm::kCell;
 
-// Rows of two input channels, padded and split by column modulo the stride: in phase p, element j is padded column
-// j * stride + p. A tap of the kernel then reads consecutive elements for consecutive output columns.
-struct Phases {
-  float* data;
-  int64_t stride, columns, pitch, row_size, channel_size;
+  const cpu::EmbedArgs& args;
+  bool channel_pairs, whole_rows;
+  int64_t columns, padded_width;
+  int64_t plane_size, row_size, channel_size;  // elements
 
-  static int64_t columns_of(const cpu::EmbedArgs& args) { return args.out_width + (args.kernel_width - 1) / args.stride; }
-  static int64_t floats(const cpu::EmbedArgs& args, int64_t rows) {
-    return 2 * rows * args.stride * round_up(columns_of(args), 16);
-  }
-  Phases(const cpu::EmbedArgs& args, int64_t rows, float* data_)
-      : data(data_),
-        stride(args.stride),
-        columns(columns_of(args)),
-        pitch(round_up(columns, 16)),
-        row_size(stride * pitch),
+  Planes(const cpu::EmbedArgs& args_, int64_t rows)
+      : args(args_),
+        channel_pairs(kCell == 2 && args.weight_channels_last),
+        whole_rows(kCell == 2 && !channel_pairs && args.stride == 2),
+        columns(round_up(args.out_width + args.kernel_width / args.stride, 16)),
+        padded_width(round_up(args.stride * (columns + 1), 32)),
+        plane_size(whole_rows ? 1 : columns * kCell),
+        row_size(whole_rows ? padded_width : args.stride * plane_size),
         channel_size(rows * row_size) {}
 
-  // Padded input rows [first, first + rows) of `channel` of `image` into slot 0 or 1.
+  int64_t cell_elements() const { return 2 * channel_size + 64; }  // a vector that starts in a row may end behind it
+  int64_t row_elements() const { return 2 * padded_width + 64; }
+
+  // Where the tap in column kx of row ky of channel 0 or 1 is for output row 0 and column 0, as the first or the second
+  // of a pair.
+  int64_t tap(int64_t channel, int64_t ky, int64_t kx, bool first) const {
+    const int64_t at = kCell == 2 && !channel_pairs && first ? kx + 1 : kx;
+    return (channel_pairs ? 0 : channel) * channel_size + ky * row_size + at % args.stride * plane_size +
+           at / args.stride * kCell;
+  }
+
+  // Zeros around the image, which `fill` leaves alone.
+  void clear(Element* row, Element* cells) const {
+    std::memset(static_cast<void*>(row), 0, static_cast<size_t>(row_elements()) * sizeof(Element));
+    if (whole_rows) std::memset(static_cast<void*>(cells), 0, static_cast<size_t>(cell_elements()) * sizeof(Element));
+  }
+
+  // Padded input rows [first, first + count) of `channels` channels from `channel` on; `row` is working memory.
   template <class X>
-  void fill(const cpu::EmbedArgs& args, int64_t image, int64_t channel, int64_t first, int64_t rows, int slot) const {
+  void fill(int64_t image, int64_t channel, int64_t channels, int64_t first, int64_t count, Element* row,
+            Element* cells) const {
     const X* plane = static_cast<const X*>(args.x) + image * args.stride_batch + channel * args.stride_channel;
-    for (int64_t r = 0; r < rows; ++r) {
+    const int64_t left = args.padding + (kCell == 2 ? 1 : 0), room = padded_width - left;
+    const int64_t width = args.width < room ? args.width : room;
+    for (int64_t r = 0; r < count; ++r) {
       const int64_t y = first + r - args.padding;
-      const bool inside = y >= 0 && y < args.height;
-      for (int64_t p = 0; p < stride; ++p) {
-        float* to = data + slot * channel_size + r * row_size + p * pitch;
-        const int64_t before = args.padding - p;  // padded columns of this phase that lie left of the image
-        int64_t begin = before > 0 ? (before + stride - 1) / stride : 0;
-        int64_t end = inside && args.width > p - args.padding ? (args.width - 1 + before) / stride + 1 : 0;
-        end = end < columns ? end : columns;
-        begin = begin < end ? begin : end;
-        if (begin < end)
-          gather(plane + y * args.stride_row + (begin * stride - before) * args.stride_column,
-                 stride * args.stride_column, end - begin, to + begin);
-        for (int64_t j = 0; j < begin; ++j) to[j] = 0.f;
-        for (int64_t j = end; j < columns; ++j) to[j] = 0.f;
+      Element* to = cells + r * row_size;
+      if (y < 0 || y >= args.height) {
+        for (int64_t slot = 0; slot < channels; ++slot)
+          std::memset(static_cast<void*>(to + slot * channel_size), 0, static_cast<size_t>(row_size) * sizeof(Element));
+        continue;
       }
+      if (args.stride_column == 1) fetch(plane, channel, channels, y, count);
+      for (int64_t slot = 0; slot < channels; ++slot)
+        copy_strided(plane + slot * args.stride_channel + y * args.stride_row, width,
+                     (whole_rows ? to + slot * channel_size : row + slot * padded_width) + left);
+      if (whole_rows) continue;
+      if (channel_pairs) {
+        interleave(row + 1, to);
+        continue;
+      }
+      for (int64_t slot = 0; slot < channels; ++slot)
+        for (int64_t p = 0; p < args.stride; ++p)
+          Gemm::fill(row + slot * padded_width + p, args.stride, columns, to + slot * channel_size + p * plane_size);
     }
   }
 
-  // Where tap `index` (the taps of slot 0, then those of slot 1) finds output row 0 and column 0.
-  int64_t tap_offset(const cpu::EmbedArgs& args, int64_t index) const {
-    const int64_t taps = args.kernel_height * args.kernel_width, tap = index % taps;
-    const int64_t ky = tap / args.kernel_width, kx = tap % args.kernel_width;
-    return index / taps * channel_size + ky * row_size + kx % stride * pitch + kx / stride;
+  // The same row of the next channels or, behind the last, of the next task: no prefetcher of the hardware follows rows that
+  // lie an image plane apart.
+  template <class X>
+  void fetch(const X* plane, int64_t channel, int64_t channels, int64_t y, int64_t count) const {
+    const bool more = channel + 2 * channels <= args.in_channels;
+    const X* next = more ? plane + channels * args.stride_channel : plane - channel * args.stride_channel;
+    const int64_t row = more ? y : y + count;
+    if (row >= args.height) return;
+    for (int64_t slot = 0; slot < channels; ++slot) {
+      const char* from = reinterpret_cast<const char*>(next + slot * args.stride_channel + row * args.stride_row);
+      for (int64_t at = 0; at < args.width * static_cast<int64_t>(sizeof(X)); at += 64) __builtin_prefetch(from + at);
+    }
+  }
+
+  template <class X>
+  void copy_strided(const X* from, int64_t width, Element* to) const {
+    if (args.stride_column == 1)
+      copy_row(from, width, to);
+    else
+      for (int64_t j = 0; j < width; ++j) narrow(widen(from[j * args.stride_column]), to[j]);
+  }
+
+  void interleave(const Element* row, Element* to) const {
+    for (int64_t p = 0; p < args.stride; ++p)
+      for (int64_t j = 0; j < columns; ++j) {
+        Element* cell = to + p * plane_size + 2 * j;
+        cell[0] = row[args.stride * j + p];
+        cell[1] = row[args.stride * j + p + padded_width];
+      }
   }
 };
 
@@ -75,122 +120,159 @@ struct EmbedKernel {
   static constexpr int kTokens = Gemm::kTokens;
 
   const cpu::EmbedArgs& args;
-  int64_t taps, chunk, padded, rows;  // chunk: input channels per pass; padded: its depth; rows: output channels
+  int64_t taps;
+  Weights<Gemm> weights;
   Tasks tasks;
   int64_t max_rows;  // input rows under one task's positions of one image
+  Planes<Gemm> planes;
   const float* bias = nullptr;
-  const int64_t* tap_offsets = nullptr;
   float* partial = nullptr;
   std::atomic<int64_t> missing{0};
 
-  // Input channels whose taps are gathered at once. A few hundred k keep the panel of a pass small, so that a task can
-  // have enough tokens for the weights, which it reads once (320 -> 512 channels: 2.9 MB), to be worth the trip.
+  // Cells of the two taps whose weights are neighbours; -1 for none.
+  struct TapPair {
+    int64_t first, second;
+  };
+  const TapPair *pairs = nullptr, *last_pairs = nullptr;  // of two channels; of an odd one at the end
+
+  // Input channels whose taps are gathered at once: a panel of them stays in the first-level cache.
   static int64_t chunk_of(const cpu::EmbedArgs& args) {
-    constexpr int64_t kDepth = 640;
+    constexpr int64_t kDepth = 640 / sizeof(Element);
     const int64_t fit = kDepth / (args.kernel_height * args.kernel_width);
     if (fit >= args.in_channels) return args.in_channels;
-    return fit >= 32 ? fit / 32 * 32 : (fit >= 2 ? fit / 2 * 2 : 2);
+    return fit >= 16 ? fit / 16 * 16 : (fit >= 2 ? fit / 2 * 2 : 2);
   }
 
   static int64_t wanted_tokens(int64_t padded, int64_t rows) {
     const int64_t per_token = padded * static_cast<int64_t>(sizeof(Element)) + rows * static_cast<int64_t>(sizeof(float));
-    const int64_t fit = RIFORMER_TASK_BYTES / per_token / kTokens * kTokens;
+    const int64_t fit = task_bytes<Gemm>() / per_token / kTokens * kTokens;
     return fit < kTokens ? kTokens : (fit < 384 ? fit : 384);
+  }
+
+  static int64_t rows_under(const cpu::EmbedArgs& args, int64_t tokens) {
+    const int64_t spanned = (tokens + args.out_width - 1) / args.out_width + 1;
+    const int64_t out_rows = spanned < args.out_height ? spanned : args.out_height;
+    return (out_rows - 1) * args.stride + args.kernel_height;
   }
 
   EmbedKernel(const cpu::EmbedArgs& args_)
       : args(args_),
         taps(args.kernel_height * args.kernel_width),
-        chunk(chunk_of(args)),
-        padded(round_up(chunk * taps, Gemm::kStep < 2 ? 2 : Gemm::kStep)),
-        rows(round_up(args.channels, Gemm::kRows)),
-        tasks(Tiles(args.batch, args.out_height * args.out_width), wanted_tokens(padded, rows), args.pool.threads) {
-    const int64_t spanned = (tasks.max_tokens() + args.out_width - 1) / args.out_width + 1;
-    const int64_t out_rows = spanned < args.out_height ? spanned : args.out_height;
-    max_rows = (out_rows - 1) * args.stride + args.kernel_height;
-  }
+        weights{args.weight, args.channels, args.in_channels, taps, chunk_of(args), args.weight_channels_last},
+        tasks(Tiles(args.batch, args.out_height * args.out_width),
+              wanted_tokens(weights.padded_depth(0), weights.padded_rows()), args.pool.threads),
+        max_rows(rows_under(args, tasks.max_tokens())),
+        planes(args, max_rows) {}
+
+  // What one vector of a panel is gathered from, relative to a tap's first cell and to a row of the first panel.
+  struct Run {
+    int64_t from, to;
+    int length;
+  };
 
   struct Memory {
-    Element *panel, *weights;
-    float *sums, *phases;
+    Element *panels, *row, *cells;
+    float* sums;
     Piece* pieces;
+    Run* runs;
     int64_t bytes;
   };
+  // Rows of the panels are written two at a time.
+  int64_t panel_depth(int64_t first) const { return round_up(weights.padded_depth(first), 2); }
+
   Memory memory(void* base) const {
     Arena arena{static_cast<char*>(base)};
-    const int64_t panels = (tasks.max_tokens() + kTokens - 1) / kTokens;
+    const int64_t tokens = tasks.max_tokens(), panels = (tokens + kTokens - 1) / kTokens;
     Memory m;
-    m.panel = arena.take<Element>(panels * padded * kTokens);
-    m.weights = arena.take<Element>(Gemm::kCopiedRows * padded);
-    m.sums = arena.take<float>(panels * rows * kTokens);
-    m.phases = arena.take<float>(Phases::floats(args, max_rows));
+    m.panels = arena.take<Element>(panels * panel_depth(0) * kTokens);
+    m.row = arena.take<Element>(planes.row_elements());
+    m.cells = arena.take<Element>(planes.cell_elements());
+    m.sums = arena.take<float>(panels * weights.padded_rows() * kTokens);
     m.pieces = arena.take<Piece>(max_pieces(tasks, kTokens));
+    // A vector ends at the end of a panel, of an image or of an output row.
+    m.runs = arena.take<Run>(2 * max_pieces(tasks, kTokens) + tokens / Vec::kLanes + tokens / args.out_width + 2);
     m.bytes = arena.used;
     return m;
   }
 
-  // Rows k and k + 1 of the panels, for the positions of one piece, whose first one is at `row`, `column`; `a` and `b`
-  // are the taps there, b null for zeros.
-  void put_taps(const Piece& piece, int64_t column, int64_t k, const float* a, const float* b, int64_t row_step,
-                Element* panel) const {
-    for (int done = 0; done < piece.length;) {
-      const int64_t room = args.out_width - column;
-      const int run = static_cast<int>(piece.length - done < room ? piece.length - done : room);
-      for (int j = 0; j < run; j += Vec::kLanes) {
-        const Vec value_b = b ? Vec::load_n(b + column + j, run - j) : Vec::zero();
-        Gemm::put(panel, k, piece.token + done + j, Vec::load_n(a + column + j, run - j), value_b, run - j);
-      }
-      done += run;
-      column = 0;
-      a += row_step;
-      if (b) b += row_step;
-    }
-  }
-
-  // Fills the panels with input channels [begin, end) under the pieces [first, last), which are one run of positions of
-  // one image.
-  void fill(const Piece* first, const Piece* last, int64_t begin, int64_t end, int64_t padded_depth,
-            const Memory& m) const {
-    const int64_t image = first->image, stop = last[-1].position + last[-1].length;
-    const int64_t first_row = first->position / args.out_width, last_row = (stop - 1) / args.out_width;
-    const int64_t input_rows = (last_row - first_row) * args.stride + args.kernel_height;
-    const Phases phases(args, max_rows, m.phases);
-    const int64_t row_step = args.stride * phases.row_size;  // from an output row to the next
-    for (int64_t channel = begin; channel < end; channel += 2) {
-      const int channels = channel + 1 < end ? 2 : 1;
-      for (int slot = 0; slot < channels; ++slot)
-        phases.fill<X>(args, image, channel + slot, first_row * args.stride, input_rows, slot);
-      const int64_t pairs = args.weight_channels_last ? taps : (channels * taps + 1) / 2;
-      for (const Piece* piece = first; piece < last; ++piece) {
-        const int64_t row = piece->position / args.out_width, column = piece->position % args.out_width;
-        const float* start = m.phases + (row - first_row) * row_step;
-        Element* panel = m.panel + piece->panel * padded_depth * kTokens;
-        for (int64_t t = 0; t < pairs; ++t) {
-          const int64_t one = args.weight_channels_last ? t : 2 * t, other = args.weight_channels_last ? t + taps : one + 1;
-          const int64_t k = args.weight_channels_last ? t * (end - begin) + channel - begin : (channel - begin) * taps + one;
-          put_taps(*piece, column, k, start + tap_offsets[one],
-                   other < channels * taps ? start + tap_offsets[other] : nullptr, row_step, panel);
+  // The pieces [first, last) of one image, cut at the ends of output rows and into vectors.
+  Run* cut_runs(const Piece* first, const Piece* last, int64_t depth, Run* runs) const {
+    const int64_t first_row = first->position / args.out_width;
+    Element* const origin = nullptr;
+    for (const Piece* piece = first; piece < last; ++piece) {
+      int64_t row = piece->position / args.out_width, column = piece->position % args.out_width;
+      for (int done = 0; done < piece->length;) {
+        const int64_t room = args.out_width - column, left = piece->length - done;
+        const int64_t fit = room < left ? room : left;
+        const int length = static_cast<int>(fit < Vec::kLanes ? fit : Vec::kLanes);
+        *runs++ = {(row - first_row) * args.stride * planes.row_size + column * Gemm::kCell,
+                   Gemm::at(origin, piece->panel * depth, piece->token + done) - origin, length};
+        done += length;
+        column += length;
+        if (column == args.out_width) {
+          column = 0;
+          ++row;
         }
       }
     }
+    return runs;
   }
 
-  // The weights of input channels [begin, end), in the order in which `fill` gathers.
-  WeightPart weights(int64_t begin, int64_t end) const {
-    const int64_t depth = args.in_channels * taps;
-    if (!args.weight_channels_last)
-      return {args.weight.data, args.weight.dtype, begin * taps, depth, args.channels, (end - begin) * taps};
-    return {args.weight.data, args.weight.dtype, begin, depth, args.channels, end - begin, taps, args.in_channels};
+  // Fills the panels with the chunk of input channels from `begin` on, under the pieces [first, last) of one image.
+  void gather(const Piece* first, const Piece* last, int64_t begin, const Memory& m) const {
+    const int64_t end = begin + weights.chunk_channels(begin), depth = panel_depth(begin);
+    const int64_t stop = last[-1].position + last[-1].length;
+    const int64_t first_row = first->position / args.out_width, last_row = (stop - 1) / args.out_width;
+    const int64_t input_rows = (last_row - first_row) * args.stride + args.kernel_height;
+    const Run* runs_end = cut_runs(first, last, depth, m.runs);
+    planes.clear(m.row, m.cells);
+    for (int64_t channel = begin; channel < end; channel += 2) {
+      const int64_t channels = channel + 1 < end ? 2 : 1;
+      planes.template fill<X>(first->image, channel, channels, first_row * args.stride, input_rows, m.row, m.cells);
+      const TapPair* table = channels == 2 ? pairs : last_pairs;
+      const int64_t count = args.weight_channels_last ? taps : (channels * taps + 1) / 2;
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t k = args.weight_channels_last ? t * (end - begin) + channel - begin : (channel - begin) * taps + 2 * t;
+        const Element* one = m.cells + table[t].first;
+        Element* to = Gemm::at(m.panels, k, 0);
+        if (table[t].second >= 0)
+          copy_runs<true>(m.runs, runs_end, one, m.cells + table[t].second, to);
+        else
+          copy_runs<false>(m.runs, runs_end, one, nullptr, to);
+      }
+    }
+  }
+  template <bool kSecond>
+  static void copy_runs(const Run* run, const Run* end, const Element* first, const Element* second, Element* to) {
+    for (; run < end; ++run) Gemm::template copy<kSecond>(to + run->to, first + run->from, second + run->from, run->length);
   }
 
-  void finish(const Piece& piece, const Memory& m) const {
-    const int64_t positions = tasks.tiles.positions;
-    for (int64_t c = 0; c < args.channels; ++c) {
-      const float* sums = m.sums + (piece.panel * rows + c) * kTokens + piece.token;
-      T* out = static_cast<T*>(args.out) + (piece.image * args.channels + c) * positions + piece.position;
-      const Vec shift = Vec::broadcast(bias[c]);
-      for (int j = 0; j < piece.length; j += Vec::kLanes)
-        (Vec::load_n(sums + j, piece.length - j) + shift).store_n(out + j, piece.length - j);
+  // Channel c of a panel, with its bias.
+  void finish(const Piece* first, const Piece* last, int64_t c, const float* panel_sums) const {
+    const Vec shift = Vec::broadcast(bias[c]);
+    for (const Piece* piece = first; piece < last; ++piece) {
+      const float* sums = panel_sums + c * kTokens + piece->token;
+      T* out = static_cast<T*>(args.out) + (piece->image * args.channels + c) * tasks.tiles.positions + piece->position;
+      for_each_vector(piece->length, [&](int64_t j, auto lanes) { store(load(sums + j, lanes) + shift, out + j, lanes); });
+    }
+  }
+
+  void multiply_panels(int64_t begin, int64_t tokens, const Piece* pieces_end, const Memory& m) const {
+    const bool final = begin + weights.chunk_channels(begin) >= args.in_channels;
+    const WeightRows<Gemm> rows = weights.at(begin);
+    const Piece* first = m.pieces;
+    for (int64_t p = 0; p * kTokens < tokens; ++p) {
+      const int vectors = vectors_in<Gemm>(tokens, p);
+      float* sums = m.sums + p * weights.padded_rows() * kTokens;
+      const Piece* last = first;
+      while (last < pieces_end && last->panel == p) ++last;
+      for (int64_t row = 0; row < args.channels; row += Gemm::kRows) {
+        if (p == 0) fetch_rows(rows, row + Gemm::kRows, args.channels, weights.depth(begin));
+        multiply<Gemm>(vectors, rows.data + row * rows.stride, rows.stride, m.panels + p * panel_depth(begin) * kTokens,
+                       weights.padded_depth(begin), sums + row * kTokens, begin > 0);
+        for (int64_t c = row; final && c < row + Gemm::kRows && c < args.channels; ++c) finish(first, last, c, sums);
+      }
+      first = last;
     }
   }
 
@@ -206,25 +288,17 @@ struct EmbedKernel {
     const Memory m = memory(base);
     int64_t tokens;
     const int pieces = cut_pieces(tasks.tiles, first, last, kTokens, m.pieces, &tokens);
-    for (int64_t begin = 0; begin < args.in_channels; begin += chunk) {
-      const int64_t end = begin + chunk < args.in_channels ? begin + chunk : args.in_channels;
-      const int64_t depth = round_up((end - begin) * taps, 2);
-      const int64_t padded_depth = round_up(depth, Gemm::kStep);
-      clear_padding<Gemm>(m.panel, tokens, depth, padded_depth);
+    for (int64_t begin = 0; begin < args.in_channels; begin += weights.chunk) {
+      clear_padding<Gemm>(m.panels, tokens, round_up(weights.depth(begin), 2), panel_depth(begin));
       for (int i = 0, run = 0; i < pieces; ++i) {
         if (i + 1 < pieces && m.pieces[i + 1].image == m.pieces[i].image) continue;
-        fill(m.pieces + run, m.pieces + i + 1, begin, end, padded_depth, m);
+        gather(m.pieces + run, m.pieces + i + 1, begin, m);
         run = i + 1;
       }
-      multiply_panels<Gemm>(
-          weights(begin, end), m.panel, tokens, padded_depth, begin > 0, m.weights,
-          [&](int64_t p, int64_t row) { return m.sums + (p * rows + row) * kTokens; },
-          [](int64_t, int64_t, int64_t, int, const float*) {});
+      multiply_panels(begin, tokens, m.pieces + pieces, m);
     }
-    for (int i = 0; i < pieces; ++i) finish(m.pieces[i], m);
     if (args.moments_out)
-      for (int64_t tile = first; tile < last; ++tile)
-        tile_moments(static_cast<const T*>(args.out), tasks.tiles, tile, args.channels, partial);
+      moments_of_tiles(static_cast<const T*>(args.out), tasks.tiles, first, last, args.channels, partial);
   }
 
   static void run_tasks(int64_t begin, int64_t end, void* context) {
@@ -233,18 +307,42 @@ struct EmbedKernel {
     Gemm::end();
   }
 
+  // Tap t of `channels` channels, -1 behind the last.
+  int64_t tap_cell(int64_t t, int64_t channels, bool first) const {
+    if (t >= channels * taps) return -1;
+    const int64_t tap = t % taps;
+    return planes.tap(t / taps, tap / args.kernel_width, tap % args.kernel_width, first);
+  }
+  void make_pairs(int64_t channels, TapPair* table) const {
+    for (int64_t t = 0; t < taps; ++t) {
+      const int64_t one = args.weight_channels_last ? t : 2 * t, other = args.weight_channels_last ? t + taps : 2 * t + 1;
+      table[t] = {tap_cell(one, channels, true), tap_cell(other, channels, false)};
+    }
+  }
+
   int64_t run() {
-    const int64_t partial_floats = args.moments_out ? tasks.tiles.count() * 2 * args.channels : 0;
-    const int64_t bytes = 2 * taps * static_cast<int64_t>(sizeof(int64_t)) +
-                          (args.channels + partial_floats) * static_cast<int64_t>(sizeof(float));
+    Arena arena{nullptr};
+    TapPair *even, *odd;
+    float* shift;
+    Element* copy;
+    const auto take = [&] {
+      even = arena.take<TapPair>(taps);
+      odd = arena.take<TapPair>(taps);
+      shift = arena.take<float>(args.channels);
+      partial = arena.take<float>(args.moments_out ? tasks.tiles.count() * 2 * args.channels : 0);
+      copy = arena.take<Element>(weights.copy_elements());
+    };
+    take();
+    const int64_t bytes = arena.used;
     const Buffer buffer(bytes);
     if (!buffer.data) return bytes;
-    int64_t* offsets = static_cast<int64_t*>(buffer.data);
-    const Phases phases(args, max_rows, nullptr);
-    for (int64_t t = 0; t < 2 * taps; ++t) offsets[t] = phases.tap_offset(args, t);
-    tap_offsets = offsets;
-    float* shift = reinterpret_cast<float*>(offsets + 2 * taps);
-    partial = shift + args.channels;
+    arena = {static_cast<char*>(buffer.data)};
+    take();
+    weights.prepare(args.pool, copy);
+    make_pairs(2, even);
+    make_pairs(1, odd);
+    pairs = even;
+    last_pairs = odd;
     read_all(args.bias, args.channels, 0, shift);
     bias = shift;
     args.pool.run(tasks.count, &run_tasks, this);

@@ -10,28 +10,85 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#include "tiles.h"
 
 namespace riformer::RIFORMER_ISA {
 
-// float32 products. Panel layout: [k][kTokens] floats.
-struct GemmFloat32 {
+// Panels of float32, [k][kTokens]. A panel is filled two rows at a time; where it is gathered from an image, a cell is
+// what its two rows, or each of them, take for one output position.
+template <int kTokens_>
+struct FloatPanel {
   using Element = float;
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kCell = 1;  // elements
+
+  static Element* at(Element* panel, int64_t k, int64_t token) { return panel + k * kTokens + token; }
+
+  // As many columns as there are lanes, from `token` on, of rows k and k + 1.
+  template <class Lanes>
+  static void put(Element* panel, int64_t k, int64_t token, Vec a, Vec b, Lanes lanes) {
+    store(a, at(panel, k, token), lanes);
+    store(b, at(panel, k + 1, token), lanes);
+  }
+  // The same, copied from cells; without kSecond row k + 1 is zero.
+  template <bool kSecond>
+  static void copy(Element* to, const Element* first, const Element* second, int n) {
+    put(to, 0, 0, Vec::load_n(first, n), kSecond ? Vec::load_n(second, n) : Vec::zero(), n);
+  }
+  // One element in every `step`.
+  static void fill(const Element* row, int64_t step, int64_t count, Element* to) {
+    if (step == 2)
+      for (int64_t j = 0; j < count; ++j) to[j] = row[2 * j];
+    else if (step == 4)
+      for (int64_t j = 0; j < count; ++j) to[j] = row[4 * j];
+    else
+      for (int64_t j = 0; j < count; ++j) to[j] = row[step * j];
+  }
+};
+
+#ifdef __AVX512BF16__
+// Panels of bfloat16, [k / 2][kTokens][2]: rows k and k + 1 are pairs, and so are cells.
+template <int kTokens_>
+struct PairPanel {
+  using Element = bf16;
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kCell = 2;
+
+  static Element* at(Element* panel, int64_t k, int64_t token) { return panel + k * kTokens + 2 * token; }  // even k
+
+  static void put(Element* panel, int64_t k, int64_t token, Vec a, Vec b, int n) {
+    store_pairs_n(at(panel, k, token), a, b, n);
+  }
+  static void put(Element* panel, int64_t k, int64_t token, Vec a, Vec b, Full) { store_pairs(at(panel, k, token), a, b); }
+  // Row k takes the first of the pairs at `first`, row k + 1 the second of those at `second`, or zeros.
+  template <bool kSecond>
+  static void copy(Element* to, const Element* first, const Element* second, int n) {
+    constexpr __mmask32 kFirst = 0x55555555;
+    const __m512i rest = kSecond ? _mm512_loadu_si512(second) : _mm512_setzero_si512();
+    _mm512_mask_storeu_epi32(to, Vec::mask(n), _mm512_mask_loadu_epi16(rest, kFirst, first));
+  }
+  // Pairs of neighbours, one in every `step` elements.
+  static void fill(const Element* row, int64_t step, int64_t count, Element* to) {
+    if (step == 4) {
+      for (int64_t j = 0; j < count; j += 8)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * j), _mm512_cvtepi64_epi32(_mm512_loadu_si512(row + 4 * j)));
+    } else {
+      for (int64_t j = 0; j < count; ++j) std::memcpy(to + 2 * j, row + step * j, 2 * sizeof(Element));
+    }
+  }
+};
+#endif
+
+// float32 products.
+struct GemmFloat32 : FloatPanel<RIFORMER_GEMM_VECTORS * Vec::kLanes> {
   static constexpr int kStep = 1;  // k is padded to a multiple of this
   static constexpr int kRows = RIFORMER_GEMM_ROWS;
-  static constexpr int kCopiedRows = 4 * kRows;
   static constexpr int kVectors = RIFORMER_GEMM_VECTORS;
-  static constexpr int kTokens = kVectors * Vec::kLanes;
   // A sum of float32 products is taken in chains of this length, which are then added up: one chain over K = 576 has
   // twice the error of oneDNN's convolution (measured), chains of 64 have less than it.
   static constexpr int64_t kChain = 64;
-
-  static Element* at(Element* panel, int64_t k, int token) { return panel + k * kTokens + token; }
-
-  // Columns [token, token + n) of rows k and k + 1.
-  static void put(Element* panel, int64_t k, int token, Vec a, Vec b, int n) {
-    a.store_n(at(panel, k, token), n);
-    b.store_n(at(panel, k + 1, token), n);
-  }
 
   template <int kUsed>
   static void run(const Element* weight, int64_t stride, const Element* panel, int64_t depth, float* c, bool accumulate) {
@@ -63,20 +120,11 @@ struct GemmFloat32 {
 };
 
 #ifdef __AVX512BF16__
-// bfloat16 products, float32 sums, two k at a time. Panel layout: [k / 2][kTokens][2].
-struct GemmBfloat16 {
-  using Element = bf16;
+// bfloat16 products, float32 sums, two k at a time.
+struct GemmBfloat16 : PairPanel<RIFORMER_GEMM_VECTORS * Vec::kLanes> {
   static constexpr int kStep = 2;
   static constexpr int kRows = RIFORMER_GEMM_ROWS;
-  static constexpr int kCopiedRows = 4 * kRows;
   static constexpr int kVectors = RIFORMER_GEMM_VECTORS;
-  static constexpr int kTokens = kVectors * Vec::kLanes;
-
-  static Element* at(Element* panel, int64_t k, int token) { return panel + k * kTokens + 2 * token; }  // even k
-
-  static void put(Element* panel, int64_t k, int token, Vec a, Vec b, int n) {
-    store_pairs_n(at(panel, k, token), a, b, n);
-  }
 
   template <int kUsed>
   static void run(const Element* weight, int64_t stride, const Element* panel, int64_t depth, float* c, bool accumulate) {
@@ -104,6 +152,13 @@ struct GemmBfloat16 {
 };
 #endif
 
+// Working memory of a task, apart from weights. With 16-bit elements twice as much pays off, as sums and panels are passed
+// over half as often for each of their bytes (bench/NOTES.md).
+template <class Gemm>
+constexpr int64_t task_bytes() {
+  return RIFORMER_TASK_BYTES * 4 / static_cast<int64_t>(sizeof(typename Gemm::Element));
+}
+
 // The kernel for as many vectors of tokens as are in use: a ragged last panel costs what it holds.
 template <class Gemm, int kUsed = Gemm::kVectors>
 inline void multiply(int vectors, const typename Gemm::Element* weight, int64_t stride,
@@ -119,106 +174,102 @@ inline void multiply(int vectors, const typename Gemm::Element* weight, int64_t 
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Rows of a weight matrix as the product wants them: the parameter's own memory where dtype and padding allow it,
-// otherwise a converted copy of just these rows, made anew each time.
+// Between equal types bit by bit; a conversion flushes bfloat16's subnormal numbers.
+template <class From, class To>
+inline void copy_row(const From* from, int64_t n, To* to) {
+  if constexpr (std::is_same_v<From, To>) {
+    constexpr int64_t kRun = 16;
+    int64_t k = 0;
+    for (; k + kRun <= n; k += kRun) std::memcpy(static_cast<void*>(to + k), from + k, kRun * sizeof(To));
+    for (; k < n; ++k) to[k] = from[k];
+    return;
+  }
+  for_each_vector(n, [&](int64_t k, auto lanes) { store(load(from + k, lanes), to + k, lanes); });
+}
+
+// Rows of a weight matrix as the product reads them.
 template <class Gemm>
 struct WeightRows {
   const typename Gemm::Element* data;
   int64_t stride;
 };
 
-template <class From>
-inline void copy_row(const From* from, int64_t n, int64_t padded, float* to) {
-  int64_t k = 0;
-  for (; k + Vec::kLanes <= n; k += Vec::kLanes) Vec::load(from + k).store(to + k);
-  if (k < n) Vec::load_n(from + k, static_cast<int>(n - k)).store_n(to + k, static_cast<int>(n - k));
-  for (k = n; k < padded; ++k) to[k] = 0.f;
-}
-template <class From>
-inline void copy_row(const From* from, int64_t n, int64_t padded, bf16* to) {
-  int64_t k = 0;
-  for (; k + Vec::kLanes <= n; k += Vec::kLanes) Vec::load(from + k).store(to + k);
-  if (k < n) Vec::load_n(from + k, static_cast<int>(n - k)).store_n(to + k, static_cast<int>(n - k));
-  for (k = n; k < padded; ++k) to[k].bits = 0;
-}
-
-// A weight matrix or a part of it: `rows` rows that start `offset` into a parameter, `stride` apart. A row is `segments`
-// runs of `length` elements, `gap` from start to start.
-struct WeightPart {
-  const void* matrix;
-  DType dtype;
-  int64_t offset, stride, rows, length;
-  int64_t segments = 1, gap = 0;
-};
-
-template <class Gemm, class From>
-inline void copy_rows(const From* from, const WeightPart& part, int64_t rows, int64_t padded_rows, int64_t padded,
-                      typename Gemm::Element* to) {
-  for (int64_t i = 0; i < padded_rows; ++i) {
-    typename Gemm::Element* row = to + i * padded;
-    const int64_t segments = i < rows ? part.segments : 0;
-    for (int64_t s = 0; s < segments; ++s)
-      copy_row(from + i * part.stride + s * part.gap, part.length, part.length, row + s * part.length);
-    const int64_t filled = segments * part.length;
-    copy_row(from, 0, padded - filled, row + filled);
+// Rows [row, row + kRows) on their way into the cache, for the next call. Worth its instructions when the weights come from
+// memory, that is for the first panel that they meet: a row block is eight short runs, too many for the hardware to follow.
+template <class Gemm>
+inline void fetch_rows(const WeightRows<Gemm>& weight, int64_t row, int64_t end, int64_t depth) {
+  const int64_t bytes = depth * static_cast<int64_t>(sizeof(typename Gemm::Element));
+  for (int64_t i = row; i < row + Gemm::kRows && i < end; ++i) {
+    const char* from = reinterpret_cast<const char*>(weight.data + i * weight.stride);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
   }
 }
 
+// A weight matrix, multiplied in chunks of input channels: the parameter's own memory where dtype and padding allow it,
+// otherwise a converted copy that lives as long as the call.
 template <class Gemm>
-inline bool reads_parameter(const WeightPart& part, int64_t padded_depth) {
-  constexpr DType kNative = sizeof(typename Gemm::Element) == 4 ? DType::f32 : DType::bf16;
-  return part.dtype == kNative && part.rows % Gemm::kRows == 0 && part.segments == 1 &&
-         part.length == padded_depth;
-}
+struct Weights {
+  using Element = typename Gemm::Element;
 
-// How many rows are made ready at once: all of them where the product reads the parameter itself, otherwise as many as
-// keep a converted copy small.
-template <class Gemm>
-inline int64_t rows_at_once(const WeightPart& part, int64_t padded_depth) {
-  return reads_parameter<Gemm>(part, padded_depth) ? part.rows : Gemm::kCopiedRows;
-}
+  Parameter from;
+  int64_t rows, channels, taps, chunk;  // a row has channels * taps elements
+  bool channels_last;                   // taps outside, channels inside; otherwise the other way round
+  Element* copy = nullptr;
 
-// Rows [first, first + count) of `part`; `scratch` holds kCopiedRows * padded_depth elements.
-template <class Gemm>
-inline WeightRows<Gemm> weight_rows(const WeightPart& part, int64_t first, int64_t count, int64_t padded_depth,
-                                    typename Gemm::Element* scratch) {
-  const int64_t offset = part.offset + first * part.stride;
-  if (reads_parameter<Gemm>(part, padded_depth))
-    return {static_cast<const typename Gemm::Element*>(part.matrix) + offset, part.stride};
-  const int64_t padded_rows = round_up(count, Gemm::kRows);
-  if (part.dtype == DType::f32)
-    copy_rows<Gemm>(static_cast<const float*>(part.matrix) + offset, part, count, padded_rows, padded_depth, scratch);
-  else if (part.dtype == DType::bf16)
-    copy_rows<Gemm>(static_cast<const bf16*>(part.matrix) + offset, part, count, padded_rows, padded_depth, scratch);
-  else
-    copy_rows<Gemm>(static_cast<const f16*>(part.matrix) + offset, part, count, padded_rows, padded_depth, scratch);
-  return {scratch, padded_depth};
-}
+  int64_t chunk_channels(int64_t first) const { return channels - first < chunk ? channels - first : chunk; }
+  int64_t depth(int64_t first) const { return chunk_channels(first) * taps; }
+  int64_t padded_depth(int64_t first) const { return round_up(depth(first), Gemm::kStep); }
+  int64_t padded_rows() const { return round_up(rows, Gemm::kRows); }
 
-// The product of `part` with every panel: done(panel, row, rows, vectors, c) is called for blocks of at most kRows rows,
-// `c` being where(panel, row) with what stood there added if `accumulate`. A panel stays in the first-level cache while
-// the rows pass by.
-template <class Gemm, class Where, class Done>
-inline void multiply_panels(const WeightPart& part, const typename Gemm::Element* panels, int64_t tokens,
-                            int64_t padded_depth, bool accumulate, typename Gemm::Element* scratch, Where where,
-                            Done done) {
-  const int64_t panel_count = (tokens + Gemm::kTokens - 1) / Gemm::kTokens;
-  const int64_t at_once = rows_at_once<Gemm>(part, padded_depth);
-  for (int64_t first = 0; first < part.rows; first += at_once) {
-    const int64_t count = part.rows - first < at_once ? part.rows - first : at_once;
-    const auto weights = weight_rows<Gemm>(part, first, count, padded_depth, scratch);
-    for (int64_t p = 0; p < panel_count; ++p) {
-      const int64_t left = (tokens - p * Gemm::kTokens + Vec::kLanes - 1) / Vec::kLanes;
-      const int vectors = static_cast<int>(left < Gemm::kVectors ? left : Gemm::kVectors);
-      for (int64_t r = 0; r < count; r += Gemm::kRows) {
-        const int64_t rows = count - r < Gemm::kRows ? count - r : Gemm::kRows;
-        float* c = where(p, first + r);
-        multiply<Gemm>(vectors, weights.data + r * weights.stride, weights.stride,
-                       panels + p * padded_depth * Gemm::kTokens, padded_depth, c, accumulate);
-        done(p, first + r, rows, vectors, c);
+  bool reads_parameter() const {
+    constexpr DType kNative = sizeof(Element) == 4 ? DType::f32 : DType::bf16;
+    return from.dtype == kNative && rows % Gemm::kRows == 0 && (!channels_last || taps == 1) &&
+           chunk * taps % Gemm::kStep == 0 && channels * taps % Gemm::kStep == 0;
+  }
+  int64_t copy_elements() const {
+    return reads_parameter() ? 0 : padded_rows() * (channels / chunk * padded_depth(0) + padded_depth(channels / chunk * chunk));
+  }
+
+  // The rows of the chunk that starts at channel `first`.
+  WeightRows<Gemm> at(int64_t first) const {
+    if (!copy) return {static_cast<const Element*>(from.data) + first * taps, channels * taps};
+    return {copy + first / chunk * padded_depth(0) * padded_rows(), padded_depth(first)};
+  }
+
+  template <class From>
+  void copy_rows_from(const From* matrix, int64_t begin, int64_t end) const {
+    for (int64_t first = 0; first < channels; first += chunk) {
+      const WeightRows<Gemm> to = at(first);
+      const int64_t segments = channels_last ? taps : 1, length = depth(first) / segments;
+      for (int64_t row = begin; row < end; ++row) {
+        Element* out = const_cast<Element*>(to.data) + row * to.stride;
+        int64_t filled = 0;
+        if (row < rows) {
+          const From* in = matrix + row * channels * taps + (channels_last ? first : first * taps);
+          for (int64_t s = 0; s < segments; ++s, filled += length) copy_row(in + s * channels, length, out + filled);
+        }
+        std::memset(static_cast<void*>(out + filled), 0, static_cast<size_t>(to.stride - filled) * sizeof(Element));
       }
     }
   }
-}
+  void copy_rows(int64_t begin, int64_t end) const {
+    if (from.dtype == DType::f32)
+      copy_rows_from(static_cast<const float*>(from.data), begin, end);
+    else if (from.dtype == DType::bf16)
+      copy_rows_from(static_cast<const bf16*>(from.data), begin, end);
+    else
+      copy_rows_from(static_cast<const f16*>(from.data), begin, end);
+  }
+
+  static void run_copy(int64_t begin, int64_t end, void* context) {
+    static_cast<const Weights*>(context)->copy_rows(begin, end);
+  }
+  // Makes the copy, if there has to be one, in `memory` (copy_elements).
+  void prepare(const Pool& pool, Element* memory) {
+    if (reads_parameter()) return;
+    copy = memory;
+    pool.run(padded_rows(), &run_copy, this);
+  }
+};
 
 }  // namespace riformer::RIFORMER_ISA

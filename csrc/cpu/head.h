@@ -2,30 +2,27 @@
 #pragma once
 
 #include <atomic>
+#include <cstring>
 
-#include "gemm.h"
 #include "moments.h"
 #include "norm_map.h"
 
 namespace riformer::RIFORMER_ISA {
 
-// float32 throughout: it is one product of [classes, channels] with one column per image.
+// float32 throughout. The classifier's rows are as long as they are many and an image is one column, so lanes are channels
+// here. A score's order of summation is that of the channels, whatever is computed beside it.
 template <class X, class T>
 struct HeadKernel {
-  using Gemm = GemmFloat32;
-  static constexpr int kTokens = Gemm::kTokens;
+  static constexpr int kClasses = 4, kImages = 2;  // scores that are summed side by side
+  static constexpr int64_t kChain = 64;            // products in a row, as in GemmFloat32
 
   const cpu::HeadArgs& args;
-  int64_t depth, panels;
-  float* pooled = nullptr;  // panels of images: [panel][channel][kTokens]
+  int64_t pitch;            // channels, padded with zeros
+  float* pooled = nullptr;  // [batch][pitch]
   std::atomic<int64_t> missing{0};
 
   explicit HeadKernel(const cpu::HeadArgs& args_)
-      : args(args_), depth(round_up(args.channels, 2)), panels((args.batch + kTokens - 1) / kTokens) {}
-
-  float* column(int64_t image) const {
-    return pooled + image / kTokens * depth * kTokens + image % kTokens;
-  }
+      : args(args_), pitch((args.channels + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes) {}
 
   void pool_from_moments(int64_t image) const {
     const int64_t channels = args.channels;
@@ -34,9 +31,9 @@ struct HeadKernel {
     image_statistics(
         channels, args.positions, args.eps, [&](int64_t c) { return static_cast<double>(mean[c]); },
         [&](int64_t c) { return static_cast<double>(mean[channels + c]); }, &mu, &rstd);
-    float* to = column(image);
+    float* to = pooled + image * pitch;
     for (int64_t c = 0; c < channels; ++c)
-      to[c * kTokens] =
+      to[c] =
           static_cast<float>((mean[c] - mu) * rstd * read(args.norm_weight, c, 1) + read(args.norm_bias, c, 0));
   }
 
@@ -44,7 +41,7 @@ struct HeadKernel {
   void pool_positions(int64_t image) {
     const int64_t channels = args.channels;
     const X* x = static_cast<const X*>(args.x) + image * channels * args.positions;
-    float* to = column(image);
+    float* to = pooled + image * pitch;
     double* sums = static_cast<double*>(cpu::thread_scratch(channels * static_cast<int64_t>(sizeof(double))));
     if (!sums) {
       missing.store(channels * static_cast<int64_t>(sizeof(double)));
@@ -60,35 +57,45 @@ struct HeadKernel {
     }
     const double share = 1. / static_cast<double>(args.positions);
     for (int64_t c = 0; c < channels; ++c)
-      to[c * kTokens] =
+      to[c] =
           static_cast<float>(sums[c] * share * read(args.norm_weight, c, 1) + read(args.norm_bias, c, 0));
   }
 
-  // Classes [first, first + count).
-  void classify(int64_t first, int64_t count) {
-    Arena sizes{nullptr};
-    sizes.take<float>(Gemm::kCopiedRows * depth);
-    sizes.take<float>(Gemm::kRows * kTokens);
-    void* base = cpu::thread_scratch(sizes.used);
-    if (!base) {
-      missing.store(sizes.used);
-      return;
+  template <class W, int kUsedClasses, int kUsedImages>
+  void scores(const W* weight, int64_t first, int64_t image) const {
+    Vec sums[kUsedClasses][kUsedImages];
+    for (int64_t begin = 0; begin < args.channels; begin += kChain * Vec::kLanes) {
+      const int64_t left = args.channels - begin;
+      Vec chain[kUsedClasses][kUsedImages];
+      for (auto& row : chain)
+        for (Vec& sum : row) sum = Vec::zero();
+      for_each_vector(left < kChain * Vec::kLanes ? left : kChain * Vec::kLanes, [&](int64_t j, auto lanes) {
+        Vec x[kUsedImages];
+        for (int i = 0; i < kUsedImages; ++i) x[i] = Vec::load(pooled + (image + i) * pitch + begin + j);
+        for (int r = 0; r < kUsedClasses; ++r) {
+          const Vec w = load(weight + (first + r) * args.channels + begin + j, lanes);
+          for (int i = 0; i < kUsedImages; ++i) chain[r][i] = fma(w, x[i], chain[r][i]);
+        }
+      });
+      for (int r = 0; r < kUsedClasses; ++r)
+        for (int i = 0; i < kUsedImages; ++i) sums[r][i] = begin > 0 ? sums[r][i] + chain[r][i] : chain[r][i];
     }
-    Arena arena{static_cast<char*>(base)};
-    float* scratch = arena.take<float>(Gemm::kCopiedRows * depth);
-    float* sums = arena.take<float>(Gemm::kRows * kTokens);
-    const WeightPart part{args.fc_weight.data, args.fc_weight.dtype, first * args.channels, args.channels, count,
-                          args.channels};
-    multiply_panels<Gemm>(
-        part, pooled, args.batch, depth, false, scratch, [&](int64_t, int64_t) { return sums; },
-        [&](int64_t p, int64_t row, int64_t rows, int, const float* c) {
-          for (int64_t image = p * kTokens; image < args.batch && image < (p + 1) * kTokens; ++image)
-            for (int64_t i = 0; i < rows; ++i) {
-              const int64_t index = first + row + i;
-              const float score = c[i * kTokens + image % kTokens] + static_cast<float>(read(args.fc_bias, index, 0));
-              narrow(score, static_cast<T*>(args.out)[image * args.classes + index]);
-            }
-        });
+    for (int r = 0; r < kUsedClasses; ++r)
+      for (int i = 0; i < kUsedImages; ++i) {
+        const float score = sums[r][i].sum() + static_cast<float>(read(args.fc_bias, first + r, 0));
+        narrow(score, static_cast<T*>(args.out)[(image + i) * args.classes + first + r]);
+      }
+  }
+  template <class W, int kUsedClasses>
+  void score_images(const W* weight, int64_t first) const {
+    int64_t image = 0;
+    for (; image + kImages <= args.batch; image += kImages) scores<W, kUsedClasses, kImages>(weight, first, image);
+    for (; image < args.batch; ++image) scores<W, kUsedClasses, 1>(weight, first, image);
+  }
+  template <class W>
+  void classify(const W* weight, int64_t first, int64_t last) const {
+    for (; first + kClasses <= last; first += kClasses) score_images<W, kClasses>(weight, first);
+    for (; first < last; ++first) score_images<W, 1>(weight, first);
   }
 
   static void run_pool(int64_t begin, int64_t end, void* context) {
@@ -97,19 +104,25 @@ struct HeadKernel {
       kernel.args.per_position ? kernel.pool_positions(image) : kernel.pool_from_moments(image);
   }
   static void run_classes(int64_t begin, int64_t end, void* context) {
-    auto& kernel = *static_cast<HeadKernel*>(context);
-    const int64_t last = end * Gemm::kRows < kernel.args.classes ? end * Gemm::kRows : kernel.args.classes;
-    kernel.classify(begin * Gemm::kRows, last - begin * Gemm::kRows);
+    const auto& kernel = *static_cast<const HeadKernel*>(context);
+    const cpu::HeadArgs& args = kernel.args;
+    const int64_t first = begin * kClasses, last = end * kClasses < args.classes ? end * kClasses : args.classes;
+    if (args.fc_weight.dtype == DType::f32)
+      kernel.classify(static_cast<const float*>(args.fc_weight.data), first, last);
+    else if (args.fc_weight.dtype == DType::bf16)
+      kernel.classify(static_cast<const bf16*>(args.fc_weight.data), first, last);
+    else
+      kernel.classify(static_cast<const f16*>(args.fc_weight.data), first, last);
   }
 
   int64_t run() {
-    const int64_t bytes = panels * depth * kTokens * static_cast<int64_t>(sizeof(float));
+    const int64_t bytes = args.batch * pitch * static_cast<int64_t>(sizeof(float));
     const Buffer buffer(bytes);
     if (!buffer.data) return bytes;
     pooled = static_cast<float*>(buffer.data);
     std::memset(pooled, 0, static_cast<size_t>(bytes));
     args.pool.run(args.batch, &run_pool, this);
-    args.pool.run((args.classes + Gemm::kRows - 1) / Gemm::kRows, &run_classes, this);
+    args.pool.run((args.classes + kClasses - 1) / kClasses, &run_classes, this);
     return missing.load();
   }
 };

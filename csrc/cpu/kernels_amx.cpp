@@ -8,7 +8,7 @@
 #endif
 #define RIFORMER_GEMM_ROWS 8
 #define RIFORMER_GEMM_VECTORS 3
-#define RIFORMER_TASK_BYTES (1024 * 1024)
+#define RIFORMER_TASK_BYTES (512 * 1024)
 
 #include "vec_avx512.h"
 #include "vec_math.h"

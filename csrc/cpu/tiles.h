@@ -10,6 +10,38 @@ namespace riformer::RIFORMER_ISA {
 using cpu::Parameter;
 using cpu::Pool;
 
+// All lanes of a vector, where a number would say how many.
+struct Full {};
+
+template <class T>
+inline Vec load(const T* from, Full) {
+  return Vec::load(from);
+}
+template <class T>
+inline Vec load(const T* from, int n) {
+  return Vec::load_n(from, n);
+}
+template <class T>
+inline void store(Vec value, T* to, Full) {
+  value.store(to);
+}
+template <class T>
+inline void store(Vec value, T* to, int n) {
+  value.store_n(to, n);
+}
+
+// The other lanes zero.
+inline Vec keep(Vec value, Full) { return value; }
+inline Vec keep(Vec value, int n) { return keep_n(value, n); }
+
+// body(first, lanes) for vectors of elements [0, length): lanes is Full, and a number for what is left at the end.
+template <class Body>
+inline void for_each_vector(int64_t length, Body body) {
+  int64_t first = 0;
+  for (; first + Vec::kLanes <= length; first += Vec::kLanes) body(first, Full{});
+  if (Vec::kLanes > 1 && first < length) body(first, static_cast<int>(length - first));
+}
+
 // A tile is a fixed run of positions of one image. The moments are taken per tile and merged in order, so the cut must
 // not depend on the batch or on the threads: it is a function of the number of positions alone.
 struct Tiles {
@@ -27,21 +59,28 @@ struct Tiles {
   }
 };
 
-// Tasks are runs of whole tiles of about `wanted` tokens, as many as there are threads or a multiple of it.
+// Tasks are runs of whole tiles of at most `wanted` tokens (or one tile), as many as there are threads or a multiple of it.
 struct Tasks {
   Tiles tiles;
   int64_t count, tiles_per_task;
 
   Tasks(const Tiles& tiles_, int64_t wanted, int64_t threads) : tiles(tiles_) {
     const int64_t total = tiles.count();
-    const int64_t fit = wanted / tiles.size > 0 ? wanted / tiles.size : 1;
+    // Counted in tokens, as the last tile of an image may be far shorter than the others (at 7x7: 16, 16, 16 and 1).
+    const int64_t positions = tiles.positions > 0 ? tiles.positions : 1;
+    const int64_t run = wanted / positions * tiles.per_image + wanted % positions / tiles.size;
+    const int64_t fit = run > 0 ? run : 1;
     int64_t tasks = (total + fit - 1) / fit;
     tasks = (tasks + threads - 1) / threads * threads;
     count = tasks < total ? tasks : total;
     tiles_per_task = count > 0 ? (total + count - 1) / count : 0;
   }
   int64_t first(int64_t task) const { return task * tiles.count() / count; }
-  int64_t max_tokens() const { return tiles_per_task * tiles.size; }
+  int64_t max_tokens() const {
+    if (tiles_per_task == 0) return 0;
+    const int64_t rest = tiles_per_task % tiles.per_image * tiles.size;
+    return tiles_per_task / tiles.per_image * tiles.positions + (rest < tiles.positions ? rest : tiles.positions);
+  }
 };
 
 // A piece is a run of positions of one image that lies in one panel.
@@ -87,6 +126,14 @@ inline int vectors_in(int64_t tokens, int64_t panel) {
   return static_cast<int>(vectors < Gemm::kVectors ? vectors : Gemm::kVectors);
 }
 
+// Zero rows [depth, padded) of a panel.
+template <class Gemm>
+inline void clear_rows(typename Gemm::Element* panel, int64_t depth, int64_t padded) {
+  for (int64_t k = depth; k < padded; k += 2)
+    for (int token = 0; token < Gemm::kTokens; token += Vec::kLanes)
+      Gemm::put(panel, k, token, Vec::zero(), Vec::zero(), Full{});
+}
+
 // Zero what no piece writes: the lanes past the last token, and the rows between depth and padded depth.
 template <class Gemm>
 inline void clear_padding(typename Gemm::Element* panels, int64_t tokens, int64_t depth, int64_t padded) {
@@ -100,10 +147,7 @@ inline void clear_padding(typename Gemm::Element* panels, int64_t tokens, int64_
       const int n = edge - token < Vec::kLanes ? edge - token : Vec::kLanes;
       Gemm::put(ragged, k, token, Vec::zero(), Vec::zero(), n);
     }
-  for (int64_t p = 0; p < count; ++p)
-    for (int64_t k = depth; k < padded; k += 2)
-      for (int token = 0; token < Gemm::kTokens; token += Vec::kLanes)
-        Gemm::put(panels + p * padded * Gemm::kTokens, k, token, Vec::zero(), Vec::zero(), Vec::kLanes);
+  for (int64_t p = 0; p < count; ++p) clear_rows<Gemm>(panels + p * padded * Gemm::kTokens, depth, padded);
 }
 
 // Hands out aligned parts of one allocation; with a null base it only adds up.

@@ -100,6 +100,11 @@ inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.f), a.v)}; }
 inline Vec reciprocal(Vec a) { return {_mm256_div_ps(_mm256_set1_ps(1.f), a.v)}; }
 inline Vec rsqrt(Vec a) { return {_mm256_div_ps(_mm256_set1_ps(1.f), _mm256_sqrt_ps(a.v))}; }
 inline Vec if_negative(Vec x, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, x.v)}; }
+inline Vec lane_sums(const Vec* v) {
+  const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0].v, v[1].v), _mm256_hadd_ps(v[2].v, v[3].v));
+  const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(v[4].v, v[5].v), _mm256_hadd_ps(v[6].v, v[7].v));
+  return {_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31))};
+}
 inline Vec keep_n(Vec v, int n) { return {_mm256_and_ps(v.v, _mm256_castsi256_ps(Vec::mask(n)))}; }
 
 inline Vec nearest(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }

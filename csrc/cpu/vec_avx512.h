@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../common/dtypes.h"
+#include "../common/gelu_table.h"
 
 namespace riformer::RIFORMER_ISA {
 
@@ -60,10 +61,43 @@ inline Vec rsqrt(Vec a) { return {_mm512_div_ps(_mm512_set1_ps(1.f), _mm512_sqrt
 inline Vec if_negative(Vec x, Vec a, Vec b) {
   return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x.v)), b.v, a.v)};
 }
+// Four times halves of two vectors are added, until each lane holds the sum of one of them.
+inline Vec lane_sums(const Vec* v) {
+  __m512 a[8], b[4], c[2];
+  for (int i = 0; i < 8; ++i)  // v[i] and v[i + 8]
+    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i].v, v[i + 8].v, 0x44), _mm512_shuffle_f32x4(v[i].v, v[i + 8].v, 0xee));
+  for (int i = 0; i < 4; ++i)  // i, i + 4, i + 8, i + 12: a quarter each
+    b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+  for (int i = 0; i < 2; ++i)
+    c[i] = _mm512_add_ps(_mm512_unpacklo_ps(b[i], b[i + 2]), _mm512_unpackhi_ps(b[i], b[i + 2]));
+  const __m512 d = _mm512_add_ps(_mm512_unpacklo_ps(c[0], c[1]), _mm512_unpackhi_ps(c[0], c[1]));
+  // Quarters hold 0, 8, 4, 12 and what lies 1, 2, 3 above them.
+  return {_mm512_shuffle_f32x4(d, d, 0xd8)};
+}
 inline Vec keep_n(Vec v, int n) { return {_mm512_maskz_mov_ps(Vec::mask(n), v.v)}; }
 
 inline Vec nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec scale_exponent(Vec a, Vec whole) { return {_mm512_scalef_ps(a.v, whole.v)}; }
+
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+
+// g(|x|) of gelu_table.h subtracted from max(x, 0). The segment's number is left in the low bits of the sum with 1.5 * 2^23,
+// where the permutation looks for it. NaN stays NaN: min returns its second operand when either is.
+#define RIFORMER_GELU_TABLE
+template <int kDegree>
+inline Vec gelu_table(Vec x, const float (&table)[kDegree + 1][kGeluSegments], float scale, float limit) {
+  const Vec t = {_mm512_min_ps(_mm512_set1_ps(limit), abs(x).v)};
+  const Vec magic = Vec::broadcast(12582912.f), s = Vec::broadcast(scale);
+  const Vec sum = fma(t, s, magic);
+  const Vec f = {_mm512_fmsub_ps(t.v, s.v, (sum - magic).v)};
+  const __m512i segment = _mm512_castps_si512(sum.v);
+  const auto coefficient = [&](int k) {
+    return Vec{_mm512_permutex2var_ps(_mm512_load_ps(table[k]), segment, _mm512_load_ps(table[k] + 16))};
+  };
+  Vec p = coefficient(kDegree);
+  for (int k = kDegree - 1; k > 0; --k) p = fma(p, f, coefficient(k));
+  return {_mm512_fnmadd_ps(p.v, f.v, (max(x, Vec::zero()) - coefficient(0)).v)};
+}
 
 // Two rows rounded to bfloat16 and interleaved lane by lane: to[2 i] = a_i, to[2 i + 1] = b_i.
 inline __m512i pairs(Vec a, Vec b) {

@@ -5,6 +5,15 @@
 
 namespace riformer::RIFORMER_ISA {
 
+#ifdef RIFORMER_GELU_TABLE
+// A third of the polynomials' multiply-adds, which share their pipes with the products (bench/NOTES.md).
+inline Vec gelu_float32(Vec x) {
+  return gelu_table<kGeluFloat32Degree>(x, kGeluFloat32, kGeluFloat32Scale, kGeluFloat32Limit);
+}
+inline Vec gelu_bfloat16(Vec x) {
+  return gelu_table<kGeluBfloat16Degree>(x, kGeluBfloat16, kGeluBfloat16Scale, kGeluBfloat16Limit);
+}
+#else
 // 2^y for y <= 0: a polynomial of degree 6 on [-1/2, 1/2], relative error 1.6e-8 with float32 coefficients.
 inline Vec exp2_nonpositive(Vec y) {
   const Vec whole = nearest(y);
@@ -39,5 +48,6 @@ inline Vec gelu_bfloat16(Vec x) {
   for (int k = kPhiTerms - 2; k >= 0; --k) p = fma(p, s, Vec::broadcast(kPhi[k]));
   return x * fma(v, p, Vec::broadcast(0.5f));
 }
+#endif
 
 }  // namespace riformer::RIFORMER_ISA

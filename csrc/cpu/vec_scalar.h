@@ -53,6 +53,8 @@ inline Vec nearest(Vec a) { return {std::nearbyint(a.v)}; }
 inline Vec scale_exponent(Vec a, Vec whole) {
   return {whole.v >= -126.f ? std::ldexp(a.v, static_cast<int>(whole.v)) : a.v * 0.f};
 }
+// Lane i: the sum of the lanes of v[i]
+inline Vec lane_sums(const Vec* v) { return *v; }
 // Lanes [0, n) of v, the others zero
 inline Vec keep_n(Vec v, int) { return v; }
 
