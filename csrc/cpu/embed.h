@@ -86,11 +86,11 @@ struct Planes {
   // lie an image plane apart.
   template <class X>
   void fetch(const X* plane, int64_t channel, int64_t channels, int64_t y, int64_t count) const {
-    const bool more = channel + 2 * channels <= args.in_channels;
-    const X* next = more ? plane + channels * args.stride_channel : plane - channel * args.stride_channel;
-    const int64_t row = more ? y : y + count;
+    const int64_t left = args.in_channels - channel - channels;
+    const X* next = left > 0 ? plane + channels * args.stride_channel : plane - channel * args.stride_channel;
+    const int64_t row = left > 0 ? y : y + count, most = left > 0 ? left : args.in_channels;
     if (row >= args.height) return;
-    for (int64_t slot = 0; slot < channels; ++slot) {
+    for (int64_t slot = 0; slot < 2 && slot < most; ++slot) {
       const char* from = reinterpret_cast<const char*>(next + slot * args.stride_channel + row * args.stride_row);
       for (int64_t at = 0; at < args.width * static_cast<int64_t>(sizeof(X)); at += 64) __builtin_prefetch(from + at);
     }

@@ -4,7 +4,7 @@
 #define RIFORMER_ISA avx2
 #define RIFORMER_GEMM_ROWS 4
 #define RIFORMER_GEMM_VECTORS 3
-#define RIFORMER_TASK_BYTES (192 * 1024)
+#define RIFORMER_TASK_BYTES (512 * 1024)
 
 #include "vec_avx2.h"
 #include "vec_math.h"
