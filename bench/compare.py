@@ -183,8 +183,9 @@ class Plan:
         for dtype in self.dtypes:
             for axis, batches in (("size", self.batches), ("batch", self.batches[:1]), ("threads", self.batches)):
                 for batch in batches:
+                    at = "" if axis == "batch" else f", batch {batch}"
                     yield Step(
-                        f"growth over {axis}, {measure.dtype_name(dtype)}, batch {batch}",
+                        f"growth over {axis}, {measure.dtype_name(dtype)}{at}",
                         20 + 7 * self.seconds,
                         lambda say, dtype=dtype, axis=axis, batch=batch: growth.rows(
                             axis, self.options.arch, dtype, cores=self.cores, seconds=self.seconds,

@@ -17,6 +17,13 @@ FLAGS = (
     "amx_tile", "amx_bf16", "amx_fp16", "amx_int8",
 )  # fmt: skip
 
+VARIABLES = (
+    "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_SPINCOUNT", "GOMP_CPU_AFFINITY", "KMP_AFFINITY",
+    "KMP_BLOCKTIME", "LD_PRELOAD", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS",
+    "RIFORMER_CPU_ISA",
+)  # fmt: skip
+"""Variables that change how fast peers are; a result that users should be able to repeat has none of them."""
+
 
 def machine() -> dict[str, Any]:
     """What a measurement was made on: processor, versions, threads, commit, date. No host names, no paths."""
@@ -41,6 +48,7 @@ def machine() -> dict[str, Any]:
         "numpy": numpy.__version__,
         "torch": str(torch.__version__),
         "torch_threads": torch.get_num_threads(),
+        "environment": {name: os.environ[name].rpartition("/")[2] for name in VARIABLES if name in os.environ},
         "riformer_kernels": riformer_kernels.__version__,
         **_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib
 import peak
-from harness import MOST_SPREAD
+from harness import MOST_ELSEWHERE, MOST_SPREAD
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (after the choice of backend)
@@ -55,6 +55,11 @@ def _machine(head: dict[str, Any]) -> str:
         head["date"][:10],
     ]
     return ", ".join(parts)
+
+
+def _noisy(row: dict[str, Any]) -> bool:
+    """Whether it scattered too much, or others used too much of the machine: where a verdict would be withheld."""
+    return (row.get("spread") or 0.0) > MOST_SPREAD or (row.get("elsewhere") or 0.0) > MOST_ELSEWHERE
 
 
 # ------------------------------------------------------------------------------------------------------- throughput
@@ -101,7 +106,7 @@ def _bars(axis: pyplot.Axes, names: Sequence[str], cell: dict[str, dict[str, Any
         axis.barh(at, rate, height=0.72, color=colour)
         low, high = row["images_per_s_p20"], row["images_per_s_p80"]
         axis.plot([low, high], [at, at], color=TEXT, linewidth=1.2, solid_capstyle="butt")
-        noisy = " (noisy)" if row["spread"] > MOST_SPREAD else ""
+        noisy = " (noisy)" if _noisy(row) else ""
         bold = "bold" if name == "ours" else "normal"
         axis.text(high + 0.015 * most, at, f"{rate:.0f}{noisy}", va="center", fontsize=8.5, fontweight=bold)
     axis.set_xlim(0, 1.16 * most)
@@ -174,10 +179,6 @@ def roofline(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> pyplot.Fig
     for axis, dtype in zip(axes[0], dtypes):
         _names(axis, [row for row in stages if row["dtype"] == dtype], ceilings[dtype])
     return figure
-
-
-def _noisy(row: dict[str, Any]) -> bool:
-    return (row.get("spread") or 0.0) > MOST_SPREAD
 
 
 def _roof(axis: pyplot.Axes, ceiling: float | None, bandwidth: float | None) -> None:

@@ -23,8 +23,10 @@ def module(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def bench_on_path():
+def bench_on_path(tmp_path_factory: pytest.TempPathFactory):
     """The modules of bench/ import each other by their bare names, as scripts do; processes find this folder, too."""
+    cache = pytest.MonkeyPatch()
+    cache.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))  # where the probe is compiled to
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folders = [str(BENCH), str(Path(__file__).parent)]
@@ -36,6 +38,7 @@ def bench_on_path():
         if (getattr(found, "__file__", None) or "").startswith(str(BENCH)):
             del sys.modules[name]
     torch.set_num_threads(threads)
+    cache.undo()
 
 
 @pytest.fixture

@@ -118,8 +118,10 @@ def test_verdict_is_withheld_when_noisy() -> None:
 # ----------------------------------------------------------------------------------------------------- machine, memory
 
 
-def test_machine_says_what_counts_and_nothing_private() -> None:
+def test_machine_says_what_counts_and_nothing_private(monkeypatch: pytest.MonkeyPatch) -> None:
     import platform
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
 
     found = module("machine").machine()
     text = json.dumps(found)
@@ -138,6 +140,7 @@ def test_machine_says_what_counts_and_nothing_private() -> None:
     ):
         assert key in found
     assert found["torch_threads"] == 1 and found["cores"] >= 1
+    assert found["environment"]["OMP_WAIT_POLICY"] == "active"
     assert str(BENCH.parent) not in text and str(Path.home()) not in text and f'"{platform.node()}"' not in text
 
 
