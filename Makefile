@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt riformer_kernels/__init__.py \
 # Threads that wait in a busy loop make tests several times slower on a machine that does something else as well.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
-.PHONY: demo test test-fast bench sanitize lint clean
+.PHONY: demo test test-fast bench compare sanitize lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -23,6 +23,10 @@ test-fast: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(PYTEST) bench --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
+
+# About an hour on two cores, on a machine that does nothing else; COMPARE="--quick" for a few minutes.
+compare: $(VENV)/.peers
+	$(BIN)/python bench/compare.py $(COMPARE)
 
 # The op tests once more under AddressSanitizer and UndefinedBehaviorSanitizer, on a second build of the library.
 # `pytest` and not `python -m pytest`, which would put this folder, and with it the normal library, first.
@@ -48,6 +52,10 @@ $(VENV)/.base:
 
 $(VENV)/.demo: $(VENV)/.base $(SOURCES)
 	$(PIP) install --quiet --no-build-isolation --editable ".[demo]"
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.base $(SOURCES)
+	$(PIP) install --quiet --no-build-isolation --editable ".[peers]"
 	touch $@
 
 # mmpretrain and what it needs go in without their dependencies: torchvision's and mmcv's would replace torch.

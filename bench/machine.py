@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ FLAGS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "avx512_vnni",
     "amx_tile", "amx_bf16", "amx_fp16", "amx_int8",
 )  # fmt: skip
+
+VARIABLES = (
+    "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_SPINCOUNT", "GOMP_CPU_AFFINITY", "KMP_AFFINITY",
+    "KMP_BLOCKTIME", "LD_PRELOAD", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS",
+    "RIFORMER_CPU_ISA",
+)  # fmt: skip
+"""Variables that change how fast peers are; a result that users should be able to repeat has none of them."""
 
 
 def machine() -> dict[str, Any]:
@@ -40,6 +48,7 @@ def machine() -> dict[str, Any]:
         "numpy": numpy.__version__,
         "torch": str(torch.__version__),
         "torch_threads": torch.get_num_threads(),
+        "environment": {name: os.environ[name].rpartition("/")[2] for name in VARIABLES if name in os.environ},
         "riformer_kernels": riformer_kernels.__version__,
         **_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -90,12 +99,16 @@ def _commit() -> dict[str, Any]:
 
 
 class Elsewhere:
-    """The share of the processors' time that other processes took, between entering and leaving; None if not known.
+    """The share of the processors' time that others took, between entering and leaving; None if not known.
 
-    Counted are the processors that this process may use, and its own time without that of its children.
+    Counted are the processors that this process may use. Not "others" are this process, without its children, and
+    the processes of ``own`` (`worker.Worker.pid`), which have to live for as long.
     """
 
     share: float | None = None
+
+    def __init__(self, own: Iterable[int] = ()) -> None:
+        self._own = tuple(own)
 
     def __enter__(self) -> Elsewhere:
         self._before = self._now()
@@ -108,18 +121,20 @@ class Elsewhere:
         busy, total, own = (after - before for after, before in zip(now, self._before))
         self.share = min(1.0, max(0.0, (busy - own) / total)) if total > 0 else None
 
-    @staticmethod
-    def _now() -> tuple[float, float, float] | None:
+    def _now(self) -> tuple[float, float, float] | None:
         """Seconds since the start: busy, all, own."""
         try:
             allowed = {f"cpu{index}" for index in os.sched_getaffinity(0)}
             lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
             tick = os.sysconf("SC_CLK_TCK")
+            # After the name, which is in parentheses and may hold blanks: fields 12 and 13 are user and system.
+            others = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self._own]
         except (OSError, AttributeError, ValueError):
             return None
         # user, nice, system, idle, iowait, irq, softirq, steal; what follows is contained in user.
         fields = [[int(value) / tick for value in line[1:9]] for line in lines if line and line[0] in allowed]
         total = sum(map(sum, fields))
         idle = sum(field[3] + field[4] for field in fields)
-        own = os.times()
-        return total - idle, total, own.user + own.system
+        mine = os.times()
+        own = mine.user + mine.system + sum(int(field[11]) + int(field[12]) for field in others) / tick
+        return total - idle, total, own

@@ -6,17 +6,24 @@ A row is a flat dict of JSON values, the same keys for every peer of a kind; wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import harness
+import isa
 import op_cases
 import peers
 import riformer
 import torch
-from harness import Memory, Samples
+from harness import Samples
 from machine import Elsewhere
+from memory import Memory, peak_memory
 from peers import OURS
+from subject import Subject, random_images, random_model
+from worker import Worker, WorkerError, take_turns
 
 from riformer_kernels import numerics
 from riformer_kernels.backends import cpu
@@ -64,9 +71,9 @@ def errors(ratios: numerics.ErrorRatios | None) -> dict[str, Any]:
     return {**found, "error_passed": None if ratios is None else ratios.passed}
 
 
-def rate(flop: int, seconds: float, ceiling: float | None) -> dict[str, Any]:
+def rate(flop: int, seconds: float | None, ceiling: float | None) -> dict[str, Any]:
     """Arithmetic rate of the matrix products, and its share of a measured ceiling (FLOP/s)."""
-    per_second = flop / seconds if flop else None
+    per_second = flop / seconds if flop and seconds else None
     return {
         "gflop_per_s": None if per_second is None else per_second / 1e9,
         "ceiling_share": per_second / ceiling if per_second is not None and ceiling else None,
@@ -83,69 +90,100 @@ def model(
     dtype: torch.dtype,
     *,
     seconds: float,
-    compiled: bool = True,
+    names: Sequence[str] | None = None,
     memory: bool = True,
     ceiling: float | None = None,
+    limit: str | None = None,
     progress: Progress = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """The patched model against all peers, interleaved; one row each, ours first.
+    """The patched model against its peers, each in a worker of its own, in turns; one row each, ours first.
 
     Args:
         arch: a name, or a dict in mmpretrain's form.
         size: side of the images in pixels.
         seconds: of measuring, for each peer.
-        compiled: whether to have torch.compile among the peers.
+        names: of the peers (``peers.names()``), ours first; default all.
         memory: whether to measure the memory of ours and eager, each in its own process.
         ceiling: FLOP/s for ``ceiling_share``.
+        limit: the instruction set that nobody may exceed (`isa.LIMITS`); those that cannot be kept to it get a reason.
         progress: gets a line before each step.
 
     Raises:
-        AssertionError, VerificationError: the patched model's numbers are off; there is no timing then.
+        BackendError: the machine lacks ``limit``.
+        AssertionError, WorkerError: the patched model's numbers are off, or it does not run; there is no timing then.
     """
-    subject = peers.Subject(peers.random_model(arch, dtype), peers.random_images(batch, size, dtype))
+    isa.check(limit)
+    subject = Subject(random_model(arch, dtype), random_images(batch, size, dtype))
+    names = list(names or peers.names())
     progress("float64 and eager for the error figures")
     judge = peers.Judge(subject)
-    built, ratios = {}, {}
-    try:
-        for name in peers.names(compiled):
+    reasons: dict[str, str] = {}
+    ratios: dict[str, numerics.ErrorRatios] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        subject.save(folder / peers.SUBJECT, arch)
+        torch.save(judge.inputs, folder / peers.INPUTS)
+        workers: dict[str, Worker] = {}
+        for name in names:
             progress(f"building {name}")
-            built[name] = peers.build(name, subject)
-            if built[name].run is not None:
-                ratios[name] = judge.ratios(built[name])
-        calls = {name: peer.on(subject.x) for name, peer in built.items() if peer.run is not None}
-        progress(f"timing {len(calls)} peers")
-        with torch.inference_mode(), Elsewhere() as elsewhere:
-            times = harness.interleave(calls, seconds * len(calls))
-    finally:
-        if compiled:
-            peers.forget_compiled()
-    memories = {name: _memory(arch, size, batch, dtype, name, progress) for name in peers.MEASURED} if memory else {}
+            if limit is not None and name in isa.UNREACHED:
+                reasons[name] = f"cannot be limited to {limit}: {isa.UNREACHED[name]}"
+                continue
+            arguments = {"folder": str(folder), "name": name, "limit": limit}
+            # Compiled anew: what an earlier run found fastest, it may have found while the machine was busy.
+            environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), **isa.environment(limit)}
+            try:
+                worker = Worker(
+                    name, "peers:serve", arguments, threads=torch.get_num_threads(), environment=environment
+                )
+            except WorkerError as error:
+                if name == OURS:
+                    raise
+                reasons[name] = str(error)
+                continue
+            workers[name] = stack.enter_context(worker)
+            facts[name] = worker.facts
+            ratios[name] = judge.ratios(name, torch.load(folder / f"{name}.pt", weights_only=True))
+        times: dict[str, Samples] = {}
+        while not times:
+            progress(f"timing {len(workers)} peers")
+            try:
+                times, elsewhere = take_turns(workers, seconds * len(workers))
+            except WorkerError as error:
+                if error.name == OURS:
+                    raise
+                reasons[error.name] = str(error)
+                workers.pop(error.name).close()
+    memories = {
+        name: _memory(arch, size, batch, dtype, name, progress) for name in peers.MEASURED if memory and name in names
+    }
     flop = 2 * batch * riformer.count_macs(subject.model, size, count="products")
     common = {
         "kind": "model", "arch": arch if isinstance(arch, str) else "custom", "size": size, "batch": batch,
-        "dtype": dtype_name(dtype), "device": "cpu", "isa": cpu.isa_status()["chosen"],
+        "dtype": dtype_name(dtype), "device": "cpu", "isa": limit or cpu.isa_status()["chosen"], "isa_limit": limit,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
     return [
         {
             **common,
             "peer": name,
-            "form": peer.form,
-            "detail": peer.detail or None,
-            "reason": peer.reason,
-            **timing(times.get(name), times[OURS], batch, elsewhere.share),
-            **(rate(flop, times[name].median, ceiling) if name in times else rate(0, 1.0, None)),
+            "form": peers.FACTORIES[name][0],
+            "detail": facts.get(name, {}).get("detail"),
+            "reason": reasons.get(name),
+            **timing(times.get(name), times[OURS], batch, elsewhere),
+            **rate(flop, times[name].median if name in times else None, ceiling),
             **errors(ratios.get(name)),
             **_memory_columns(memories, name),
         }
-        for name, peer in built.items()
+        for name in names
     ]
 
 
 def _memory(arch: Any, size: int, batch: int, dtype: torch.dtype, name: str, progress: Progress) -> Memory:
     progress(f"memory of {name}")
     arguments = {"arch": arch, "size": size, "dtype": dtype_name(dtype), "name": name}
-    return harness.peak_memory("peers:memory_subject", arguments, batch, threads=torch.get_num_threads())
+    return peak_memory("peers:memory_subject", arguments, batch, threads=torch.get_num_threads())
 
 
 def _memory_columns(memories: Mapping[str, Memory], name: str) -> dict[str, Any]:
@@ -187,6 +225,9 @@ def summary(ours: dict[str, Any], others: dict[str, dict[str, Any]], best: str) 
 def op(case: op_cases.OpCase, *, seconds: float, ceiling: float | None = None) -> list[dict[str, Any]]:
     """One op against its eager form in both layouts; the numbers are asserted first.
 
+    ``bytes`` are the least that has to be moved (input, output and parameters, once), ``flop_per_byte`` is therefore
+    the highest arithmetic intensity that the op can have; ``stage`` and ``times`` say what of S12 at 224 px it is.
+
     Raises:
         AssertionError: the numbers are off.
     """
@@ -211,6 +252,11 @@ def op(case: op_cases.OpCase, *, seconds: float, ceiling: float | None = None) -
             **timing(samples, times[OURS], case.batch, elsewhere.share),
             **rate(built.flop, samples.median, ceiling),
             "gbyte_per_s": size / samples.median / 1e9 if name == OURS else None,
+            "stage": case.stage,
+            "times": case.times,
+            "flop": built.flop,
+            "bytes": size,
+            "flop_per_byte": built.flop / size,
             **errors(ratios if name == OURS else None),
         }
         for name, samples in times.items()
@@ -220,11 +266,14 @@ def op(case: op_cases.OpCase, *, seconds: float, ceiling: float | None = None) -
 # --------------------------------------------------------------------------------------------------------- ceilings
 
 
-def ceilings(dtypes: tuple[torch.dtype, ...], *, seconds: float, side: int = CEILING_SIDE) -> list[dict[str, Any]]:
-    """The rate of a square ``torch.matmul`` in each dtype, with the threads that are set: what is to be had here.
+def matmul_ceilings(
+    dtypes: tuple[torch.dtype, ...], *, seconds: float, side: int | None = None
+) -> list[dict[str, Any]]:
+    """The rate of a square ``torch.matmul`` in each dtype, with the threads that are set: what the library reaches.
 
-    It is the library's matrix product, not a hardware peak: a share above 1 is possible where the library is slow.
+    It is no hardware peak (`peak.py` measures that), but what a user who trusts the library would take for one.
     """
+    side = side or CEILING_SIDE
     operands = {dtype: torch.randn(2, side, side).to(dtype).unbind() for dtype in dtypes}
     calls = {dtype_name(dtype): lambda pair=pair: torch.matmul(*pair) for dtype, pair in operands.items()}
     with torch.inference_mode():
@@ -233,8 +282,9 @@ def ceilings(dtypes: tuple[torch.dtype, ...], *, seconds: float, side: int = CEI
     for name, samples in times.items():
         median, p20, p80 = samples.per_second(2 * side**3 / 1e12)
         rows.append({
-            "kind": "ceiling", "dtype": name, "device": "cpu", "threads": torch.get_num_threads(), "side": side,
-            "tflop_per_s": median, "tflop_per_s_p20": p20, "tflop_per_s_p80": p80, "spread": samples.spread,
-            "rounds": samples.rounds, "note": CEILING_NOTE,
+            "kind": "ceiling", "source": "torch.matmul", "operation": name, "isa": None, "device": "cpu",
+            "threads": torch.get_num_threads(), "side": side, "tflop_per_s": median, "tflop_per_s_p20": p20,
+            "tflop_per_s_p80": p80, "spread": samples.spread, "rounds": samples.rounds, "note": CEILING_NOTE,
+            "reason": None,
         })  # fmt: skip
     return rows

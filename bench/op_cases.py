@@ -9,7 +9,7 @@ from functools import cache
 
 import riformer
 import torch
-from peers import LAYOUTS
+from subject import LAYOUTS
 from torch import Tensor, nn
 
 from riformer_kernels import algebra, backends, numerics
@@ -44,6 +44,22 @@ class OpCase:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return self.batch, self.channels, self.side, self.side
+
+    @property
+    def stage(self) -> str | None:
+        """What of S12 at 224 px this is; None for what the deployed network does inside other ops, or not at 224 px."""
+        if self.op == "block":
+            return f"stage {WIDTHS.index(self.channels) + 1}"
+        if self.op == "embed":
+            return "stem" if self.channels == 3 else f"downsampling {WIDTHS.index(self.channels) + 1}"
+        return "head" if (self.op, self.side) == ("head", SIDES[-1]) else None
+
+    @property
+    def times(self) -> int:
+        """How often S12 does it per forward."""
+        if self.op == "block":
+            return riformer.arch.ARCHS["s12"].layers[WIDTHS.index(self.channels)]
+        return int(self.stage is not None)
 
     def __str__(self) -> str:
         return f"{self.op} {'x'.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')}"

@@ -1,0 +1,295 @@
+#!/usr/bin/env python3
+"""The comparison of the patched model with its peers: tables, JSON lines and plots.
+
+    python bench/compare.py                                # about an hour on 2 cores, most of it torch.compile
+    python bench/compare.py --quick                        # a few minutes, without torch.compile: a look, not a result
+    python bench/compare.py --rows model --batch 16 --dtype bfloat16
+    python bench/plots.py bench/results/FILE.jsonl         # the plots again
+
+Writes one JSON object per line: first the machine ("kind": "header"), then "ceiling", "model", "growth",
+"growth_verdict" and "op" rows. Read it with ``pandas.read_json(path, lines=True)`` or line by line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import growth
+import harness
+import isa
+import machine
+import measure
+import op_cases
+import peak
+import peers
+import tables
+import torch
+from progress import Progress
+
+from riformer_kernels.errors import BackendError
+
+SCHEMA = 2
+RESULTS = harness.HERE / "results"
+FULL_SECONDS, QUICK_SECONDS = 6.0, 0.4
+DTYPES = ("float32", "bfloat16", "float16")
+ROWS = ("ceilings", "model", "larger", "isa", "growth", "ops")
+LARGER = (("s12", 384, 16, torch.bfloat16), ("m48", 224, 16, torch.bfloat16))
+"""Beside the chosen model: more pixels, and the largest model. On these, peers on the unchanged model only."""
+LIMITED = {"avx512": (torch.float32, torch.bfloat16), "avx2": (torch.float32,)}
+"""What is compared under a limit: AVX2 has no bfloat16 arithmetic."""
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="compare.py",
+        description="Compare the patched model with its peers; write the rows as JSON lines, and plots.",
+    )
+    add = found.add_argument
+    add("--quick", action="store_true", help="little measuring, few shapes, no torch.compile: a look, not a result")
+    add(
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        metavar="KIND",
+        help=f"of {', '.join(ROWS)} (default: all; --quick: no larger)",
+    )
+    add("--out", type=Path, metavar="FILE", help="default: bench/results/<processor>-<instruction set>.jsonl")
+    add("--threads", type=_positive, metavar="N", help="of every peer (default: PyTorch's own choice)")
+    add("--peers", nargs="+", choices=list(peers.FACTORIES), metavar="PEER", help=f"of {', '.join(peers.FACTORIES)}")
+    add("--no-compile", action="store_true", help="without torch.compile, which takes minutes per row")
+    add("--no-memory", action="store_true", help="no memory measurements")
+    add("--no-plots", action="store_true", help="the result file alone")
+    add("--arch", type=_arch, default="s12", help="a name, or a dict as JSON (default: s12)")
+    add("--size", type=_positive, default=224, metavar="N", help="side of the images (default: 224)")
+    add("--batch", type=_positive, nargs="+", metavar="N", help="default: 1 16; --quick: 16")
+    add("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: float32 bfloat16")
+    add("--isa", nargs="+", choices=list(isa.LIMITS), help="instruction sets that nobody may exceed, for the isa rows "
+        "(default: those below this machine's best)")  # fmt: skip
+    add("--seconds", type=float, metavar="S", help=f"measured per peer and row (default: {FULL_SECONDS:g})")
+    return found
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _arch(text: str) -> Any:
+    return json.loads(text) if text.lstrip().startswith("{") else text
+
+
+# ---------------------------------------------------------------------------------------------------------- running
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of the comparison: what it is, about how many seconds it takes, and what makes its rows."""
+
+    what: str
+    weight: float
+    rows: Callable[[Callable[[str], None]], list[dict[str, Any]]]
+
+
+class Plan:
+    """The steps that the options ask for; ``ceilings`` are those of a step that has been made."""
+
+    def __init__(self, options: argparse.Namespace, cores: int) -> None:
+        self.quick = options.quick
+        self.seconds = options.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS)
+        self.kinds = options.rows or [kind for kind in ROWS if not (options.quick and kind == "larger")]
+        self.batches = options.batch or ([16] if options.quick else [1, 16])
+        self.dtypes = tuple(getattr(torch, name) for name in options.dtype)
+        self.compiled = not (options.no_compile or options.quick)
+        self.limits = isa.below() if options.isa is None else options.isa
+        self.options, self.cores = options, cores
+        self.ceilings: list[dict[str, Any]] = []
+
+    def settings(self) -> dict[str, Any]:
+        """For the header."""
+        return {
+            "quick": self.quick, "seconds_per_peer": self.seconds, "threads_asked_for": self.options.threads,
+            "compile": self.compiled, "rows": list(self.kinds),
+        }  # fmt: skip
+
+    def steps(self) -> list[Step]:
+        made = {
+            "ceilings": self._ceilings, "model": self._model, "larger": self._larger, "isa": self._isa,
+            "growth": self._growth, "ops": self._ops,
+        }  # fmt: skip
+        return [step for kind in ROWS if kind in self.kinds for step in made[kind]()]
+
+    def _ceilings(self) -> Iterator[Step]:
+        def probe(say: Callable[[str], None]) -> list[dict[str, Any]]:
+            self.ceilings = peak.rows(torch.get_num_threads(), passes=1 if self.quick else peak.PASSES)
+            return self.ceilings
+
+        yield Step("ceilings of the processor", 5 if self.quick else 20, probe)
+        seconds = min(self.seconds, 2.0)
+        yield Step(
+            "matrix product of the library", 5, lambda say: measure.matmul_ceilings(self.dtypes, seconds=seconds)
+        )
+
+    def _ceiling(self, dtype: torch.dtype, limit: str | None = None) -> float | None:
+        name = measure.dtype_name(dtype)
+        return peak.ceiling(self.ceilings, name, limit or isa.best(), torch.get_num_threads())
+
+    def _cell(
+        self, arch: Any, size: int, batch: int, dtype: torch.dtype, *, rewritten: bool = True, memory: bool = False,
+        limit: str | None = None,
+    ) -> Step:  # fmt: skip
+        names = peers.names(self.compiled, rewritten)
+        if self.options.peers:
+            names = [name for name in names if name == peers.OURS or name in self.options.peers]
+
+        def rows(say: Callable[[str], None]) -> list[dict[str, Any]]:
+            return measure.model(
+                arch, size, batch, dtype, seconds=self.seconds, names=names, memory=memory, limit=limit,
+                ceiling=self._ceiling(dtype, limit), progress=say,
+            )  # fmt: skip
+
+        name = f"{arch if isinstance(arch, str) else 'custom'} at {size} px, {measure.dtype_name(dtype)}, batch {batch}"
+        weight = sum(10 + self.seconds + 100 * (peer in peers.COMPILED) for peer in names)
+        return Step(f"{name}, at most {limit}" if limit else name, weight, rows)
+
+    def _model(self) -> Iterator[Step]:
+        options = self.options
+        for dtype in self.dtypes:
+            for batch in self.batches:
+                yield self._cell(options.arch, options.size, batch, dtype, memory=not options.no_memory)
+
+    def _larger(self) -> Iterator[Step]:
+        for cell in LARGER:
+            yield self._cell(*cell, rewritten=False)
+
+    def _isa(self) -> Iterator[Step]:
+        for limit in self.limits:
+            for dtype in LIMITED[limit]:
+                for batch in self.batches if dtype in self.dtypes else ():
+                    yield self._cell(self.options.arch, self.options.size, batch, dtype, rewritten=False, limit=limit)
+
+    def _growth(self) -> Iterator[Step]:
+        shapes: dict[str, Any] = {"sizes": growth.SIZES[:3], "batches": (1, 4, 16)} if self.quick else {}
+        for dtype in self.dtypes:
+            for axis, batches in (("size", self.batches), ("batch", self.batches[:1]), ("threads", self.batches)):
+                for batch in batches:
+                    at = "" if axis == "batch" else f", batch {batch}"
+                    yield Step(
+                        f"growth over {axis}, {measure.dtype_name(dtype)}{at}",
+                        20 + 7 * self.seconds,
+                        lambda say, dtype=dtype, axis=axis, batch=batch: growth.rows(
+                            axis, self.options.arch, dtype, cores=self.cores, seconds=self.seconds,
+                            size=self.options.size, batch=batch, progress=say, **shapes,
+                        ),
+                    )  # fmt: skip
+
+    def _ops(self) -> Iterator[Step]:
+        # Less time than for the model: there are many of them.
+        seconds = self.seconds / 12
+        for op in op_cases.SHAPES:
+            for case in op_cases.cases(op, self.dtypes, self.batches):
+                yield Step(
+                    str(case),
+                    2 + 3 * seconds,
+                    lambda say, case=case: measure.op(case, seconds=seconds, ceiling=self._ceiling(case.dtype)),
+                )
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Header, then each step's rows as soon as they are measured."""
+    head = machine.machine()
+    plan = Plan(options, head["cores"])
+    yield {"kind": "header", "schema": SCHEMA, **head, "settings": plan.settings()}
+    steps = plan.steps()
+    progress = Progress(sum(step.weight for step in steps))
+    finished = False
+    try:
+        for step in steps:
+            progress.step(step.what, step.weight)
+            yield from step.rows(progress.say)
+        finished = True
+    finally:
+        progress.close(finished)
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
+def default_path(head: dict[str, Any]) -> Path:
+    name = f"{head['cpu']} {head['isa']}".lower()
+    return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}.jsonl"
+
+
+def _line(row: dict[str, Any]) -> str:
+    """JSON; what is not finite (a peer without any error to compare with, a peer that returns NaN) becomes null."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def _plots(path: Path) -> str:
+    try:
+        import plots
+    except ImportError as error:
+        return f"no plots: {error.name} is not installed (pip install 'riformer-kernels[peers]')"
+    return f"plots: {', '.join(found.name for found in plots.draw(path)) or 'none, no rows for one'}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0; 2 for an instruction set that is not there. Numbers of ours that are off are raised, peers' errors are rows."""
+    options = parser().parse_args(arguments)
+    try:
+        for name in (None, *(options.isa or ())):
+            isa.check(name)
+    except BackendError as error:
+        print(f"compare.py: {error}", file=sys.stderr)
+        return 2
+    found = []
+    with _threads(options.threads):
+        measured = rows(options)
+        found.append(next(measured))
+        too_few = growth.too_few(found[0]["cores"], torch.get_num_threads())
+        if too_few:
+            print(f"compare.py: thread scaling {too_few}", file=sys.stderr)
+        path = options.out or default_path(found[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the old result until this one is complete.
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("w") as file:
+            file.write(_line(found[0]))
+            for row in measured:
+                found.append(row)
+                file.write(_line(row))
+                file.flush()
+        partial.replace(path)
+    print(tables.report(found))
+    print(f"\n{len(found)} rows in {path}")
+    if not options.no_plots:
+        print(_plots(path))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The peers that are other runtimes, on the unchanged model: OpenVINO with both of its hints, and ONNX Runtime.
+
+Each gets as many threads as PyTorch has here, and images that are already in memory. Neither takes a bfloat16 NumPy
+array, and OpenVINO's users give it a float32 model and say in which precision to compute: so it gets the model's values
+and the images in float32, which is exact, and returns float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from subject import NCHW, UNCHANGED, Peer, Subject
+from torch import Tensor
+
+EXTRA = "pip install 'riformer-kernels[peers]'"
+PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+ROUNDS = 2  # batches per request in one timed call: the fewest that let a request that is done early go on
+
+
+def _need(*modules: str) -> list[Any]:
+    """The modules; what is not installed is said as a user would want to hear it."""
+    try:
+        return [importlib.import_module(name) for name in modules]
+    except ImportError as error:
+        raise ImportError(f"{error.name} is not installed ({EXTRA})") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracer's and the exporter's remarks about shape checks in the model."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def openvino_latency(subject: Subject) -> Peer:
+    return _openvino(subject, "LATENCY")
+
+
+def openvino_throughput(subject: Subject) -> Peer:
+    return _openvino(subject, "THROUGHPUT")
+
+
+def _openvino(subject: Subject, hint: str) -> Peer:
+    """OpenVINO with a performance hint.
+
+    For latency a call is one synchronous request. The throughput hint makes several streams of few threads, of which
+    one synchronous request would use one: a call is ``ROUNDS`` batches for each of as many requests as OpenVINO calls
+    optimal, all in flight together, and its time is divided by the number of batches. That is the time between two
+    results, not that of one; it is held against the time of one batch of the others, which favours OpenVINO.
+    """
+    (openvino,) = _need("openvino")
+    x = subject.x.float()
+    precision = PRECISIONS[subject.x.dtype]
+    with _quiet(), torch.inference_mode():
+        converted = openvino.convert_model(
+            copy.deepcopy(subject.model).float(), example_input=x, input=[tuple(x.shape)]
+        )
+    settings = {
+        "PERFORMANCE_HINT": hint,
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        # Pinning would change the affinity of the whole process: with other pools in it, it slowed PyTorch 1.5 times.
+        "ENABLE_CPU_PINNING": False,
+    }
+    compiled = openvino.Core().compile_model(converted, "CPU", settings)
+    chosen = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if chosen != precision:
+        raise ValueError(f"asked for {precision}, OpenVINO computes in {chosen} on this processor")
+    streams = compiled.get_property("NUM_STREAMS")
+    requests = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") if hint == "THROUGHPUT" else 1
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(compiled([images.float().numpy()])[0].copy())
+
+    def prepare(images: Tensor) -> Callable[[], object]:
+        array = images.float().numpy()
+        if hint == "LATENCY":
+            request = compiled.create_infer_request()
+            request.set_input_tensor(openvino.Tensor(array, shared_memory=True))
+            return request.infer
+        queue = openvino.AsyncInferQueue(compiled, requests)
+
+        def call() -> None:
+            for _ in range(batches):
+                queue.start_async([array], share_inputs=True)
+            queue.wait_all()
+
+        return call
+
+    batches = ROUNDS * requests if hint == "THROUGHPUT" else 1
+    flight = f"{requests} requests in flight, time per batch of {batches}" if hint == "THROUGHPUT" else "one request"
+    detail = f"OpenVINO {_version(openvino)}, {hint.lower()} hint, {precision}, {streams} stream{'s' * (streams != 1)}, {flight}, float32 in and out"
+    return Peer(f"openvino_{hint.lower()}", UNCHANGED, run, NCHW, detail, prepare=prepare, batches=batches)
+
+
+def onnxruntime(subject: Subject) -> Peer:
+    """ONNX Runtime's CPU provider, all graph optimisations, on what ``torch.onnx.export`` makes of the model."""
+    if subject.x.dtype != torch.float32:
+        raise ValueError("ONNX Runtime's CPU provider has float32 convolutions only")
+    runtime, *_ = _need("onnxruntime", "onnx", "onnxscript")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(copy.deepcopy(subject.model), (subject.x,), dynamo=True, verbose=False).save(path)
+        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+    return Peer(
+        "onnxruntime", UNCHANGED, run, NCHW, f"ONNX Runtime {_version(runtime)}, CPU provider, all optimisations"
+    )
+
+
+def _version(module: Any) -> str:
+    return module.__version__.partition("-")[0]

@@ -1,0 +1,97 @@
+"""The peers that are PyTorch: ours, eager in both layouts, torch.compile, each on both forms of the model."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from harness import interleave
+from subject import LAYOUTS, NCHW, REWRITTEN, UNCHANGED, Peer, Subject
+from token_form import token_form
+from torch import Tensor, nn
+from worker import describe
+
+import riformer_kernels
+
+OURS = "ours"
+
+
+def ours(subject: Subject) -> Peer:
+    """The patched model; verification by `patch` itself included."""
+    model = copy.deepcopy(subject.model)
+    handle = riformer_kernels.patch(model)
+    served = ", ".join(dict.fromkeys(row.backend for row in handle.report if row.backend))
+    return Peer(OURS, UNCHANGED, model, NCHW, served)
+
+
+def _eager(name: str, form: str, model: nn.Module, layout: str) -> Peer:
+    return Peer(name, form, model.to(memory_format=LAYOUTS[layout]), LAYOUTS[layout], f"PyTorch eager, {layout}")
+
+
+def eager(subject: Subject) -> Peer:
+    return _eager("eager", UNCHANGED, copy.deepcopy(subject.model), "NCHW")
+
+
+def eager_channels_last(subject: Subject) -> Peer:
+    return _eager("eager_channels_last", UNCHANGED, copy.deepcopy(subject.model), "channels_last")
+
+
+def eager_linear(subject: Subject) -> Peer:
+    return _eager("eager_linear", REWRITTEN, token_form(subject.model), "channels_last")
+
+
+def _compiled(model: nn.Module, layout: str, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """``torch.compile`` at its strongest for fixed weights and one shape; compiled when this returns."""
+    model = copy.deepcopy(model).to(memory_format=LAYOUTS[layout])
+    compiled = torch.compile(model, mode="max-autotune", dynamic=False, fullgraph=True)
+    # Freezing is asked for by the tracer too, which an option of the call would not reach.
+    with torch._inductor.config.patch(freezing=True), torch.inference_mode(), _quiet():
+        compiled(x.contiguous(memory_format=LAYOUTS[layout]))
+    return compiled
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the autotuner's tables, of which there is one per product, on standard error."""
+    from torch._inductor import select_algorithm
+
+    before = select_algorithm.PRINT_AUTOTUNE
+    select_algorithm.PRINT_AUTOTUNE = False
+    try:
+        with torch._inductor.config.patch(max_autotune_report_choices_stats=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        select_algorithm.PRINT_AUTOTUNE = before
+
+
+def _compile(name: str, form: str, model: nn.Module, x: Tensor) -> Peer:
+    """Compiled in both layouts; the faster one stays. Should one fail, its error is in the detail."""
+    candidates, failed = {}, {}
+    for layout in LAYOUTS:
+        try:
+            run = _compiled(model, layout, x)
+        except Exception as error:
+            failed[layout] = describe(error)
+        else:
+            candidates[layout] = Peer(name, form, run, LAYOUTS[layout], "")
+    if not candidates:
+        raise RuntimeError("; ".join(f"{layout}: {reason}" for layout, reason in failed.items()))
+    with torch.inference_mode():
+        times = interleave({layout: peer.on(x) for layout, peer in candidates.items()}, 1.0, min_rounds=3)
+    best = min(times, key=lambda layout: times[layout].median)
+    others = [f"{1e3 * times[layout].median:.3g} ms {layout}" for layout in times if layout != best]
+    others += [f"{layout} failed: {reason}" for layout, reason in failed.items()]
+    detail = f"torch.compile max-autotune, freezing, {best} (chosen at {1e3 * times[best].median:.3g} ms; {', '.join(others)})"
+    return Peer(name, form, candidates[best].run, LAYOUTS[best], detail)
+
+
+def compile_(subject: Subject) -> Peer:
+    return _compile("compile", UNCHANGED, subject.model, subject.x)
+
+
+def compile_linear(subject: Subject) -> Peer:
+    return _compile("compile_linear", REWRITTEN, token_form(subject.model), subject.x)

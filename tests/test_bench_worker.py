@@ -1,0 +1,97 @@
+"""Workers: processes that time themselves, say why they cannot, and leave nothing behind; limits on instruction sets."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from support_bench import bench_on_path, module, native  # noqa: F401
+
+from riformer_kernels.errors import BackendError
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_worker_times_itself_where_it_was_told_to() -> None:
+    worker = module("worker")
+    arguments = {"seconds": 0.02, "batches": 4}
+    environment = {"RIFORMER_TEST": "yes"}
+    with worker.Worker("naps", "support_bench:naps", arguments, threads=1, environment=environment) as made:
+        assert made.facts["threads"] == 1 and made.facts["variable"] == "yes"
+        # Four batches a call: the time of one, and neither the untimed call nor the settling is in it.
+        assert 0.005 <= made.sample(3) < 0.015
+        times, elsewhere = worker.take_turns({"naps": made}, 0.0, min_rounds=2)
+        assert times["naps"].rounds == 2 and times["naps"].median >= 0.005
+        assert elsewhere is None or 0 <= elsewhere <= 1
+    assert gone(made.pid)
+    made.close()  # once more does no harm
+
+
+def test_worker_that_cannot_start_says_why() -> None:
+    worker = module("worker")
+    for target, arguments, reason in (
+        ("support_bench:raises", {}, "ValueError: no such runtime"),
+        ("support_bench:dies", {"where": "at once"}, r"exit code 3.*the last words"),
+    ):
+        with pytest.raises(worker.WorkerError, match=reason) as raised:
+            worker.Worker("it", target, arguments)
+        assert raised.value.name == "it"
+
+
+def test_worker_that_dies_or_hangs_says_so() -> None:
+    worker = module("worker")
+    with worker.Worker("it", "support_bench:dies", {"where": "in the call"}) as made:
+        with pytest.raises(worker.WorkerError, match="SIGKILL"):
+            made.sample(1)
+        with pytest.raises(worker.WorkerError, match="SIGKILL"):
+            made.sample(1)
+    with pytest.raises(worker.WorkerError, match="no answer in 0.01 s"):
+        worker.Worker("it", "support_bench:naps", {"seconds": 0}, limit=0.01)
+
+
+# --------------------------------------------------------------------------------------------------- instruction sets
+
+
+def test_limit_reaches_the_worker(native: None) -> None:
+    isa, worker = module("isa"), module("worker")
+    if isa.best() not in ("avx512", "amx"):
+        pytest.skip(f"nothing to take away: the best instruction set here is {isa.best()}")
+    assert isa.below()[-1] == "avx2" and isa.environment(None) == {}
+    environment = isa.environment("avx2")
+    with worker.Worker("naps", "support_bench:naps", {"seconds": 0}, environment=environment) as made:
+        assert made.facts["isa"] == "avx2" and made.facts["torch_isa"] == "AVX2"
+
+
+def test_limits_are_those_below_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    isa = module("isa")
+    for supported, below in (
+        (["amx", "avx512", "avx2", "scalar"], ["avx512", "avx2"]),
+        (["avx512", "avx2", "amx-emulated", "scalar"], ["avx2"]),
+        (["avx2", "scalar"], []),
+        (["scalar"], []),
+    ):
+        monkeypatch.setattr(isa.cpu, "isa_status", lambda supported=supported: {"supported": supported, "error": None})
+        assert isa.below() == below
+
+
+def test_missing_instruction_set_is_named_with_those_present(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    isa, compare = module("isa"), module("compare")
+    status = {"supported": ["avx2", "scalar"], "error": None, "chosen": "avx2"}
+    monkeypatch.setattr(isa.cpu, "isa_status", lambda: status)
+    with pytest.raises(BackendError, match="'avx512' is not to be had.*avx2, scalar"):
+        isa.check("avx512")
+    assert compare.main(["--isa", "avx512"]) == 2
+    assert "'avx512'" in capsys.readouterr().err
+    # The same for what the environment forces, in the library's own words.
+    status["error"] = "lacks amx_tile; expected one of avx2, scalar"
+    monkeypatch.setattr(isa.cpu, "unusable", lambda: f"RIFORMER_CPU_ISA=amx: {status['error']}")
+    assert compare.main([]) == 2
+    assert "RIFORMER_CPU_ISA=amx: lacks amx_tile; expected one of avx2, scalar" in capsys.readouterr().err
