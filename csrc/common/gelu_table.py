@@ -88,7 +88,11 @@ def header() -> str:
             parts = [f"{value:.9g}" for value in row]
             parts = [f"{part}f" if any(mark in part for mark in ".e") else f"{part}.f" for part in parts]
             text = [", ".join(parts[i : i + 8]) for i in range(0, SEGMENTS, 8)]
-            lines += ["    {" + text[0] + ",", *("     " + part + "," for part in text[1:-1]), "     " + text[-1] + "},"]
+            lines += [
+                "    {" + text[0] + ",",
+                *("     " + part + "," for part in text[1:-1]),
+                "     " + text[-1] + "},",
+            ]
         lines[-1] = lines[-1].removesuffix(",") + "};"
     return "\n".join([*lines, "", "}  // namespace riformer", ""])
 
