@@ -68,7 +68,7 @@ def test_float32(isa: str) -> None:
     # Measured: 2e-9 beside 1.8e-7 of the value with the table, 3.3e-8 beside 3e-7 with the polynomials.
     assert (error <= 3e-7 * size + 4e-8).all()
     near = x.abs() < 0.5
-    assert (error[near] <= 4e-7 * size[near]).all()
+    assert (error[near] <= 5e-7 * size[near]).all()
     eager = (torch.nn.functional.gelu(x).double() - exact(x)).abs()
     assert error.square().mean().sqrt() <= 1.25 * eager.square().mean().sqrt()
 
