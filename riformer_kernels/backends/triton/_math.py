@@ -23,18 +23,20 @@ def gelu(x, EXACT: tl.constexpr):
     """``x Phi(x)``. EXACT: through erf, for float32 results; otherwise the polynomial, for 16-bit ones, whose rounding
     is coarser than its error, at about half the instructions."""
     if EXACT:
-        return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
-    v = tl.minimum(tl.maximum(x, -PHI_CLAMP), PHI_CLAMP)
-    s = v * v
-    p = PHI_8 * s + PHI_7
-    p = p * s + PHI_6
-    p = p * s + PHI_5
-    p = p * s + PHI_4
-    p = p * s + PHI_3
-    p = p * s + PHI_2
-    p = p * s + PHI_1
-    p = p * s + PHI_0
-    return x * (v * p + 0.5)
+        phi = 0.5 * tl.math.erf(x * 0.7071067811865476) + 0.5
+    else:
+        v = tl.minimum(tl.maximum(x, -PHI_CLAMP), PHI_CLAMP)
+        s = v * v
+        p = PHI_8 * s + PHI_7
+        p = p * s + PHI_6
+        p = p * s + PHI_5
+        p = p * s + PHI_4
+        p = p * s + PHI_3
+        p = p * s + PHI_2
+        p = p * s + PHI_1
+        p = p * s + PHI_0
+        phi = v * p + 0.5
+    return x * phi
 
 
 @triton.jit
@@ -53,14 +55,17 @@ def centred_statistics(mean, centred, first, positions, eps, C: tl.constexpr, BL
     than the deviation.
 
     Returns:
-        mu, rstd, and the means minus mu ([BLOCK_C], 0 beyond C).
+        mu and what its rounding to float32 left out, rstd, and the means minus mu ([BLOCK_C], 0 beyond C).
     """
     inside = tl.arange(0, BLOCK_C) < C
     d = tl.where(inside, mean - first, 0.0)
     shift = tl.sum(d, 0) / C
     d = tl.where(inside, d - shift, 0.0)
     total = tl.sum(centred, 0) + positions * tl.sum(d * d, 0)
-    return first + shift, 1.0 / tl.sqrt_rn(total / (positions.to(tl.float32) * C) + eps), d
+    mu = first + shift
+    # One number per image: in float64, its four roundings become one.
+    variance = total.to(tl.float64) / (positions.to(tl.float64) * C)
+    return mu, shift - (mu - first), (1.0 / tl.sqrt(variance + eps)).to(tl.float32), d
 
 
 @triton.jit
@@ -83,7 +88,7 @@ def normed_rows(centred, rstd, weight, bias, c, C: tl.constexpr):
     """``centred rstd weight + bias`` for float32 [rows, channels]."""
     gamma = tl.load(weight + c, c < C, 0.0).to(tl.float32)[None, :]
     beta = tl.load(bias + c, c < C, 0.0).to(tl.float32)[None, :]
-    return centred * rstd * gamma + beta
+    return centred * (rstd * gamma) + beta
 
 
 @triton.jit

@@ -77,18 +77,20 @@ def _prepare_kernel(
         tl.store(target + 3 * C, beta2, c < C)
     else:
         mean, centred, first = load_moments(moments, image, C, BLOCK_C)
-        mu, rstd, d = centred_statistics(mean, centred, first, positions, eps1, C, BLOCK_C)
+        mu, low, rstd, d = centred_statistics(mean, centred, first, positions, eps1, C, BLOCK_C)
         u = u * rstd
         # Of y, relative to mu: means d (1 + u) + w, centred sums (1 + u)^2 V.
         gain = 1.0 + u
         shifted = tl.where(c < C, d * gain + w, 0.0)
-        mu2, rstd2, _ = centred_statistics(
+        mu2, _, rstd2, _ = centred_statistics(
             shifted, gain * gain * centred, tl.sum(shifted, 0) / C, positions, eps2, C, BLOCK_C
         )
         p = rstd2 * gamma2
         tl.store(target + 2 * C, gain * p, c < C)
-        tl.store(target + 3 * C, (w - mu2) * p + beta2, c < C)
+        # The kernels subtract the rounded mu; what that leaves over is made up for in the constants.
+        tl.store(target + 3 * C, ((w - mu2) - low * gain) * p + beta2, c < C)
         tl.store(target + 4 * C, tl.zeros((BLOCK_C,), tl.float32) + mu, c < C)
+        w -= low * u
     tl.store(target, u, c < C)
     tl.store(target + C, w, c < C)
 
@@ -133,9 +135,11 @@ def _load_statistics(maps, statistics, row, inside, C: tl.constexpr, PER_POSITIO
     if PER_POSITION:
         at = statistics + row * 4
         mu1 = tl.load(at, inside, 0.0)
-        return mu1, tl.load(at + 1, inside, 0.0), tl.load(at + 2, inside, 0.0), tl.load(at + 3, inside, 0.0)
-    mu1 = tl.load(maps + 4 * C)
-    return mu1, mu1, mu1, mu1
+        found = (mu1, tl.load(at + 1, inside, 0.0), tl.load(at + 2, inside, 0.0), tl.load(at + 3, inside, 0.0))
+    else:
+        mu1 = tl.load(maps + 4 * C)
+        found = (mu1, mu1, mu1, mu1)
+    return found
 
 
 @triton.jit
@@ -146,8 +150,10 @@ def _first_half(x, statistics, maps, channel, C: tl.constexpr, PER_POSITION: tl.
     w = tl.load(maps + C + channel, channel < C, 0.0)[None, :]
     xc = x - mu1
     if PER_POSITION:
-        return (xc * rstd1) * u + w, xc
-    return xc * u + w, xc
+        change = (xc * rstd1) * u + w
+    else:
+        change = xc * u + w
+    return change, xc
 
 
 @triton.jit
@@ -158,8 +164,10 @@ def _normed(x, statistics, maps, channel, C: tl.constexpr, PER_POSITION: tl.cons
     q = tl.load(maps + 3 * C + channel, channel < C, 0.0)[None, :]
     if PER_POSITION:
         change, xc = _first_half(x, statistics, maps, channel, C, PER_POSITION)
-        return ((xc + change) - shift) * rstd2 * p + q
-    return (x - mu1) * p + q
+        z = ((xc + change) - shift) * rstd2 * p + q
+    else:
+        z = (x - mu1) * p + q
+    return z
 
 
 @triton.jit

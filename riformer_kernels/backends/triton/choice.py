@@ -8,7 +8,8 @@ The entries are estimates from what the compiler reports (registers, spills, sha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,9 +20,9 @@ ARCHITECTURES = tuple(SHARED_MEMORY)
 FUSED_CHANNELS = 192  # the widest whose second product's accumulator leaves registers for the first
 
 
-def known(architecture: int) -> int:
-    """The table's architecture for a compute capability: the nearest below (87 -> 86, 103 -> 100)."""
-    return max((entry for entry in ARCHITECTURES if entry <= architecture), default=ARCHITECTURES[0])
+def _nearest(architecture: int, entries: Iterable[int]) -> int:
+    """The entry for a compute capability: its own, else the nearest below (86 -> 80, 103 -> 90)."""
+    return max(entry for entry in entries if entry <= max(architecture, 80))
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,18 @@ class EmbedProblem:
     architecture: int
 
 
-def _chunk(channels: int) -> int:
-    """The widest of 64, 32, 16 that wastes nothing, else the narrowest number of 64s or less that covers C."""
-    for width in (64, 32, 16):
-        if channels % width == 0:
-            return width
-    return 64 if channels > 32 else 32 if channels > 16 else 16
+# (widest C, chunk, hidden, rows, warps, stages) of the fused kernel. 64 rows and 4 warps in 16 bits, as two or three
+# programs then share a multiprocessor: one's GELU overlaps the other's products. (64 x 49 = 56 x 56: no row is wasted.)
+# Where the matrix instruction is not wgmma, pieces of 64 channels spill at C = 192 and pieces of 32 do not.
+_FUSED_16_BIT = {
+    80: ((64, 64, 64, 64, 4, 2), (96, 32, 64, 64, 4, 2), (192, 32, 32, 64, 4, 2)),
+    90: ((64, 64, 64, 64, 4, 2), (96, 32, 64, 64, 4, 2), (192, 64, 32, 64, 4, 2)),
+    120: ((64, 64, 64, 64, 4, 2), (96, 32, 64, 64, 4, 2), (192, 32, 32, 64, 4, 2)),
+}
+# float32 products run on the ordinary units: smaller pieces and no pipeline, else the registers spill.
+_FUSED_FLOAT32 = ((64, 64, 32, 64, 8, 1), (192, 32, 16, 32, 8, 1))
+_MATRIX_16_BIT = MatrixTile(64, 128, 64, 4, 3)
+_MATRIX_FLOAT32 = MatrixTile(64, 64, 32, 4, 1)
 
 
 def _rows(positions: int, most: int) -> int:
@@ -102,27 +109,29 @@ def _rows(positions: int, most: int) -> int:
     return rows
 
 
+def _chunk(channels: int, most: int) -> int:
+    """Width of the pieces of C: ``most`` where it divides C, else the 32 or 16 that wastes the least."""
+    if channels % most == 0:
+        return most
+    return 32 if channels > 16 else 16
+
+
 def choose_block(problem: BlockProblem) -> BlockChoice:
     """The variant and tiles for a block."""
-    architecture = known(problem.architecture)
-    small = SHARED_MEMORY[architecture] < 110_000
-    if problem.dtype == torch.float32:
-        if problem.channels <= FUSED_CHANNELS:
-            rows = _rows(problem.positions, 32 if problem.channels > 64 else 64)
-            return BlockChoice(FusedTile(rows, _chunk(problem.channels), 32, 4, 1))
-        rows = _rows(problem.positions, 64)
-        return BlockChoice(None, MatrixTile(rows, 64, 32, 4, 2), MatrixTile(rows, 64, 32, 4, 2))
+    wide = problem.dtype == torch.float32
     if problem.channels <= FUSED_CHANNELS:
-        rows = _rows(problem.positions, 64 if small else 128)
-        return BlockChoice(FusedTile(rows, _chunk(problem.channels), 64, 8 if rows > 64 else 4, 2))
-    rows = _rows(problem.positions, 64 if problem.positions <= 256 else 128)
-    tile = MatrixTile(rows, 128, 64, 4, 3)
+        table = _FUSED_FLOAT32 if wide else _FUSED_16_BIT[_nearest(problem.architecture, _FUSED_16_BIT)]
+        _, chunk, hidden, rows, warps, stages = next(entry for entry in table if problem.channels <= entry[0])
+        rows = _rows(problem.positions, rows)
+        return BlockChoice(FusedTile(rows, _chunk(problem.channels, chunk), hidden, warps if rows > 16 else 4, stages))
+    tile = _MATRIX_FLOAT32 if wide else _MATRIX_16_BIT
+    tile = replace(tile, rows=_rows(problem.positions, tile.rows))
     return BlockChoice(None, tile, tile)
 
 
 def choose_embed(problem: EmbedProblem) -> MatrixTile:
     """The tile for a stem or downsampling convolution."""
     if problem.dtype == torch.float32:
-        return MatrixTile(_rows(problem.positions, 64), 64, 32, 4, 2)
-    rows = _rows(problem.positions, 64 if problem.positions <= 256 else 128)
-    return MatrixTile(rows, 64 if problem.channels % 128 else 128, 32 if problem.in_channels < 16 else 64, 4, 3)
+        return replace(_MATRIX_FLOAT32, rows=_rows(problem.positions, 64))
+    columns = 64 if problem.channels % 128 else 128
+    return MatrixTile(_rows(problem.positions, 64), columns, 32 if problem.in_channels < 16 else 64, 4, 3)

@@ -69,10 +69,10 @@ def _head_kernel(
         pooled = pooled / positions
     else:
         mean, centred, first = load_moments(moments, image, C, BLOCK_C)
-        _, rstd, d = centred_statistics(mean, centred, first, positions, eps, C, BLOCK_C)
+        _, _, rstd, d = centred_statistics(mean, centred, first, positions, eps, C, BLOCK_C)
         gamma = tl.load(weight + c, c < C, 0.0).to(tl.float32)
         beta = tl.load(bias + c, c < C, 0.0).to(tl.float32)
-        pooled = d * rstd * gamma + beta
+        pooled = d * (rstd * gamma) + beta
     scored = block * CLASSES + tl.arange(0, CLASSES)
     there = (scored < classes)[:, None] & (c < C)[None, :]
     rows = tl.load(fc_weight + scored.to(tl.int64)[:, None] * C + c[None, :], there, 0.0).to(tl.float32)

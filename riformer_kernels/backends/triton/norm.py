@@ -38,8 +38,8 @@ def _norm_kernel(
         _, rstd, d = position_statistics(values, eps, C, BLOCK_C)
     else:
         mean, centred, first = load_moments(moments, image, C, BLOCK_C)
-        mu, rstd, _ = centred_statistics(mean, centred, first, positions, eps, C, BLOCK_C)
-        d = values - mu
+        mu, low, rstd, _ = centred_statistics(mean, centred, first, positions, eps, C, BLOCK_C)
+        d = (values - mu) - low
     result = normed_rows(d, rstd, weight, bias, c, C)
     tl.store(out + start + row * C + c[None, :], result.to(out.dtype.element_ty), there)
 
