@@ -62,9 +62,11 @@ def test_interpreted_files_are_found():
 # -------------------------------------------------------------------------------------------- without Triton or a GPU
 
 
-def test_importing_the_package_imports_no_triton():
-    done = fresh("import sys, riformer_kernels; assert 'triton' not in sys.modules, sorted(sys.modules)")
-    assert done.returncode == 0, done.stderr
+def test_importing_the_package_imports_no_kernel():
+    """Nor Triton, but that PyTorch itself imports where it is installed."""
+    code = "import sys, riformer_kernels; print([name for name in sys.modules if 'backends.triton.' in name])"
+    done = fresh(code)
+    assert done.returncode == 0 and done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 def test_without_triton_the_package_and_its_cpu_path_work():

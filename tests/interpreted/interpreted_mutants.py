@@ -236,7 +236,7 @@ def test_head(monkeypatch, fault):
             return run_head(*arguments)
 
     cases = [Block(values=values, batch=12) for values in ("normal", "small")]
-    found = first_caught(lambda case: check_head(run, case, 40, fault), cases)
+    found = first_caught(lambda case: check_head(run, case, 500, fault), cases)
     assert bool(found) == bool(fault), found or f"SURVIVED: {fault!r}"
 
 

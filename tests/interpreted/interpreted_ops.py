@@ -71,7 +71,12 @@ def test_each_variant_at_widths_that_the_table_gives_to_the_other(force, case, c
 
 @pytest.mark.parametrize(
     "case",
-    [Block(16), Block(16, norm="ln"), Block(16, layout="channels_last"), Block(320, (5, 5), layout="channels_last", batch=1)],
+    [
+        Block(16),
+        Block(16, norm="ln"),
+        Block(16, layout="channels_last"),
+        Block(320, (5, 5), layout="channels_last", batch=1),
+    ],
     ids=str,
 )
 def test_block_in_place(case):
@@ -107,7 +112,9 @@ def test_layouts_of_parameters_give_the_same_bits():
         changed = {key: lay_out(parameters[key], layout) for key in ("fc1_weight", "fc2_weight")}
         found = run_block(x, parameters | changed)
         assert all(torch.equal(one, other) for one, other in zip(found, expected)), layout
-    spread = {k: v.repeat_interleave(2)[::2] for k, v in parameters.items() if isinstance(v, torch.Tensor) and v.dim() == 1}
+    spread = {
+        k: v.repeat_interleave(2)[::2] for k, v in parameters.items() if isinstance(v, torch.Tensor) and v.dim() == 1
+    }
     assert torch.equal(run_block(x, parameters | spread)[0], expected[0])
 
 

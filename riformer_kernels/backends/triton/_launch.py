@@ -66,7 +66,9 @@ def architecture_of(device: torch.device) -> int:
             return recording.architecture
         if INTERPRETED:
             return INTERPRETED_ARCHITECTURE
-        raise BackendError(f"the Triton kernels serve cuda tensors, found one on {device}; move it, or use backend='auto'")
+        raise BackendError(
+            f"the Triton kernels serve cuda tensors, found one on {device}; move it, or use backend='auto'"
+        )
     return _architecture(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -75,13 +77,17 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def launch(kernel: triton.JITFunction, programs: int, device: torch.device, *arguments: object, **settings: object) -> None:
+def launch(
+    kernel: triton.JITFunction, programs: int, device: torch.device, *arguments: object, **settings: object
+) -> None:
     """``kernel`` on a one-dimensional grid of ``programs`` on the current stream of ``device``.
 
     Multiply-adds are contracted explicitly (``enable_fp_fusion``), as Triton's default for it changes with 3.10.
     """
     if programs > MOST_PROGRAMS:
-        raise InputError(f"this batch needs {programs} programs in one launch and a GPU takes {MOST_PROGRAMS}; split it")
+        raise InputError(
+            f"this batch needs {programs} programs in one launch and a GPU takes {MOST_PROGRAMS}; split it"
+        )
     if recording := _recording.get():
         recording.launches.append(Launch(kernel, programs, arguments, settings))
         return
@@ -137,3 +143,8 @@ def precision() -> str:
 def block_of(channels: int) -> int:
     """The power of two that a vector of ``channels`` is loaded as; at least 16."""
     return max(16, triton.next_power_of_2(channels))
+
+
+def rows_of(channels: int) -> int:
+    """Rows of a tile whose rows hold all channels at once: what registers allow. Depends on C alone."""
+    return max(1, min(16, 4096 // block_of(channels)))

@@ -1,5 +1,7 @@
 """Compiling the kernels for an architecture that this machine need not have, to see what the compiler makes of them.
 
+    python -m riformer_kernels.backends.triton.ahead 90     # a table for S12 ... M48 at 224 px
+
 The launchers run on the meta device and their launches are recorded, so what is compiled is what would be launched:
 the same kernels, specialised in the same way, with the table's choices. Nothing here runs on a GPU.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +22,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import choice
+from . import block, choice, embed, head, moments, norm
 from ._launch import ALIGNMENT, Launch, recorded
+
+WIDTHS = ((64, 128, 320, 512), (96, 192, 384, 768))  # S12 to S36; M36 and M48
+IMAGE = 224
+CLASSES = 1000
+EPS = 1e-5
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REGISTERS_PER_PROCESSOR = 65_536
@@ -97,7 +105,9 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
     """Compile one launch to machine code for ``architecture`` and read the compiler's figures."""
     warps = launch.settings["num_warps"]
     compiled = triton.compile(
-        source(launch), target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps, "enable_fp_fusion": True}
+        source(launch),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": warps, "enable_fp_fusion": True},
     )
     ptx = compiled.asm["ptx"]
     # In this order: PTX for Blackwell and Hopper may name the older instruction as well.
@@ -119,3 +129,89 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         ).stdout
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def network(
+    architecture: int, dtype: torch.dtype, *, per_position: bool = False, image: int = IMAGE, training: bool = False
+) -> list[Launch]:
+    """Every different launch that RIFormer S12 ... M48 make in ``dtype`` on an image of ``image`` x ``image`` pixels.
+
+    Args:
+        per_position: LayerNorm in place of GroupNorm(1).
+        training: the training-time form, whose affine is folded by the kernels.
+    """
+    found: dict[tuple, Launch] = {}
+    for widths in WIDTHS:
+        for launch in _of_widths(architecture, dtype, widths, image, per_position, training):
+            found.setdefault(_key(launch), launch)
+    return list(found.values())
+
+
+def _of_widths(
+    architecture: int, dtype: torch.dtype, widths: tuple[int, ...], image: int, per_position: bool, training: bool
+) -> list[Launch]:
+    def parameter(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    launches = []
+    x, size, inputs = parameter(2, 3, image, image), image, 3
+    statistics = None
+    for stage, c in enumerate(widths):
+        kernel, stride, padding = (3, 2, 1) if stage else (7, 4, 2)
+        size = (size + 2 * padding - kernel) // stride + 1
+        launches += record(
+            architecture,
+            embed.embed,
+            x,
+            parameter(c, inputs, kernel, kernel),
+            parameter(c),
+            stride,
+            padding,
+            dtype,
+            True,
+        )
+        x = torch.empty((2, c, size, size), dtype=dtype, device="meta", memory_format=torch.channels_last)
+        statistics, vector, inputs = torch.empty((2, 2, c), device="meta"), parameter(c), c
+        affine = (vector, vector) if training else (None, None)
+        launches += record(
+            architecture, block.block, x, statistics, vector, vector, vector, *affine, EPS, vector, vector, EPS,
+            parameter(4 * c, c, 1, 1), parameter(4 * c), parameter(c, 4 * c, 1, 1), vector, vector, per_position, True,
+        )  # fmt: skip
+        launches += record(architecture, norm.norm, x, statistics, vector, vector, EPS, per_position, dtype)
+    launches += record(architecture, moments.moments, x)
+    weight, bias = parameter(CLASSES, inputs), parameter(CLASSES)
+    launches += record(architecture, head.head, x, statistics, vector, vector, EPS, weight, bias, per_position, dtype)
+    return launches
+
+
+def _key(launch: Launch) -> tuple:
+    types = tuple(getattr(argument, "dtype", argument is None) for argument in launch.arguments)
+    return launch.kernel.__name__, types, tuple(sorted(launch.settings.items()))
+
+
+def width_of(launch: Launch) -> int:
+    """C of a launch, 0 for the kernel without one."""
+    return launch.settings.get("C", 0)
+
+
+def lines(rows: list[tuple[str, int, Compiled]]) -> list[str]:
+    """An aligned table of (dtype, C, compiled)."""
+    header = ("kernel", "sm", "dtype", "C", "tile", "warps", "registers", "stack", "shared", "programs/SM", "matrix")
+    cells = [
+        (c.kernel, c.architecture, dtype, width or "-", c.tile, c.warps, c.registers, c.stack, c.shared,
+         c.programs_per_processor, c.matrix or "-")
+        for dtype, width, c in rows
+    ]  # fmt: skip
+    texts = [header, *(tuple(str(cell) for cell in row) for row in cells)]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in texts]
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:] or ["90"]:
+        table = [
+            (str(dtype).removeprefix("torch."), width_of(launch), compile_launch(launch, int(wanted)))
+            for dtype in (torch.bfloat16, torch.float32)
+            for launch in network(int(wanted), dtype)
+        ]
+        print("\n".join(lines(table)))

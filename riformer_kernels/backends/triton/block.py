@@ -20,11 +20,20 @@ import triton
 import triton.language as tl
 
 from . import choice
-from ._launch import architecture_of, as_tokens, block_of, in_layout_of, launch, matrix, precision, result_like, vector
+from ._launch import (
+    architecture_of,
+    as_tokens,
+    block_of,
+    in_layout_of,
+    launch,
+    matrix,
+    precision,
+    result_like,
+    rows_of,
+    vector,
+)
 from ._math import centred_statistics, gelu, load_moments, position_statistics, store_tile_moments
 from .moments import merge, tile_moments
-
-STATISTICS_ROWS = 16
 
 
 @triton.jit
@@ -420,9 +429,10 @@ def _compute(
     statistics = None
     if per_position:
         statistics = torch.empty((batch, positions, 4), dtype=torch.float32, device=device)
-        programs = batch * triton.cdiv(positions, STATISTICS_ROWS)
+        rows = rows_of(channels)
+        programs = batch * triton.cdiv(positions, rows)
         launch(_position_kernel, programs, device, x, statistics, maps, positions, eps1, eps2, C=channels,
-               BLOCK_C=block_of(channels), ROWS=STATISTICS_ROWS, num_warps=4)  # fmt: skip
+               BLOCK_C=block_of(channels), ROWS=rows, num_warps=4)  # fmt: skip
     tile = chosen.fused or chosen.project
     partials = None if per_position else tile_moments(x, tile.rows)
     tiles = batch * triton.cdiv(positions, tile.rows)

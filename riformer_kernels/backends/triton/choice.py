@@ -96,9 +96,12 @@ _FUSED_16_BIT = {
     120: ((64, 64, 64, 64, 4, 2), (96, 32, 64, 64, 4, 2), (192, 32, 32, 64, 4, 2)),
 }
 # float32 products run on the ordinary units: smaller pieces and no pipeline, else the registers spill.
-_FUSED_FLOAT32 = ((64, 64, 32, 64, 8, 1), (192, 32, 16, 32, 8, 1))
+_FUSED_FLOAT32 = {
+    80: ((64, 64, 32, 64, 8, 1), (192, 32, 16, 32, 4, 1)),
+    100: ((64, 64, 32, 64, 8, 1), (192, 32, 16, 32, 8, 1)),
+}
 _MATRIX_16_BIT = MatrixTile(64, 128, 64, 4, 3)
-_MATRIX_FLOAT32 = MatrixTile(64, 64, 32, 4, 1)
+_MATRIX_FLOAT32 = {80: MatrixTile(32, 64, 32, 4, 2), 120: MatrixTile(32, 64, 32, 4, 1)}
 
 
 def _rows(positions: int, most: int) -> int:
@@ -120,11 +123,12 @@ def choose_block(problem: BlockProblem) -> BlockChoice:
     """The variant and tiles for a block."""
     wide = problem.dtype == torch.float32
     if problem.channels <= FUSED_CHANNELS:
-        table = _FUSED_FLOAT32 if wide else _FUSED_16_BIT[_nearest(problem.architecture, _FUSED_16_BIT)]
-        _, chunk, hidden, rows, warps, stages = next(entry for entry in table if problem.channels <= entry[0])
+        table = _FUSED_FLOAT32 if wide else _FUSED_16_BIT
+        entries = table[_nearest(problem.architecture, table)]
+        _, chunk, hidden, rows, warps, stages = next(entry for entry in entries if problem.channels <= entry[0])
         rows = _rows(problem.positions, rows)
         return BlockChoice(FusedTile(rows, _chunk(problem.channels, chunk), hidden, warps if rows > 16 else 4, stages))
-    tile = _MATRIX_FLOAT32 if wide else _MATRIX_16_BIT
+    tile = _MATRIX_FLOAT32[_nearest(problem.architecture, _MATRIX_FLOAT32)] if wide else _MATRIX_16_BIT
     tile = replace(tile, rows=_rows(problem.positions, tile.rows))
     return BlockChoice(None, tile, tile)
 
@@ -132,6 +136,7 @@ def choose_block(problem: BlockProblem) -> BlockChoice:
 def choose_embed(problem: EmbedProblem) -> MatrixTile:
     """The tile for a stem or downsampling convolution."""
     if problem.dtype == torch.float32:
-        return replace(_MATRIX_FLOAT32, rows=_rows(problem.positions, 64))
+        tile = _MATRIX_FLOAT32[_nearest(problem.architecture, _MATRIX_FLOAT32)]
+        return replace(tile, rows=_rows(problem.positions, tile.rows))
     columns = 64 if problem.channels % 128 else 128
     return MatrixTile(_rows(problem.positions, 64), columns, 32 if problem.in_channels < 16 else 64, 4, 3)

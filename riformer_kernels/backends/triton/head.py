@@ -6,10 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import as_tokens, block_of, launch, matrix, vector
+from ._launch import as_tokens, block_of, launch, matrix, rows_of, vector
 from ._math import centred_statistics, load_moments, normed_rows, position_statistics
 
-ROWS = 16
 CLASSES = 32
 
 
@@ -101,11 +100,12 @@ def head(
     if not out.numel():
         return out
     norm_weight, norm_bias = vector(norm_weight), vector(norm_bias)
-    tiles, block = triton.cdiv(positions, ROWS), block_of(channels)
+    rows, block = rows_of(channels), block_of(channels)
+    tiles = triton.cdiv(positions, rows)
     if per_position:
         source = torch.empty((batch, tiles, channels), dtype=torch.float32, device=device)
         launch(_pool_kernel, batch * tiles, device, as_tokens(x), norm_weight, norm_bias, source, positions, eps,
-               C=channels, BLOCK_C=block, ROWS=ROWS, num_warps=4)  # fmt: skip
+               C=channels, BLOCK_C=block, ROWS=rows, num_warps=4)  # fmt: skip
     else:
         source = moments.to(torch.float32).contiguous()
     launch(_head_kernel, batch * triton.cdiv(classes, CLASSES), device, source, norm_weight, norm_bias,

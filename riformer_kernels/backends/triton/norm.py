@@ -6,10 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import as_tokens, block_of, in_layout_of, launch, result_like, vector
+from ._launch import as_tokens, block_of, in_layout_of, launch, result_like, rows_of, vector
 from ._math import centred_statistics, load_moments, normed_rows, position_statistics
-
-ROWS = 16
 
 
 @triton.jit(do_not_specialize=["positions", "eps"])
@@ -58,7 +56,8 @@ def norm(
     batch, channels, height, width = x.shape
     if batch:
         moments = None if per_position else moments.to(torch.float32).contiguous()
-        launch(_norm_kernel, batch * triton.cdiv(height * width, ROWS), x.device, tokens, moments, vector(weight),
-               vector(bias), out, height * width, eps, C=channels, BLOCK_C=block_of(channels), ROWS=ROWS,
+        rows = rows_of(channels)
+        launch(_norm_kernel, batch * triton.cdiv(height * width, rows), x.device, tokens, moments, vector(weight),
+               vector(bias), out, height * width, eps, C=channels, BLOCK_C=block_of(channels), ROWS=rows,
                PER_POSITION=per_position, num_warps=4)  # fmt: skip
     return in_layout_of(out, x)
