@@ -22,6 +22,7 @@ class Backend:
         detail: one line for ``info`` and for reports, such as the instruction set chosen.
         moments, embed, block, block_, norm, head: the ops, with the signatures of ``riformer_kernels.ops``.
         refuses: why one device of a served type is not served all the same (an older GPU), or None; without it all are.
+        compiles: whether kernels are compiled when they are first used, so that ``patch`` had better use them.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Backend:
     norm: Callable[..., Any]
     head: Callable[..., Any]
     refuses: Callable[[torch.device], str | None] | None = None
+    compiles: bool = False
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """None when tokens of ``dtype`` on ``device`` are served, otherwise the reason."""

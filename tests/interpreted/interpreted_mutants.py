@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from support_interpreted import Guarded, force, run_block, run_embed, run_head, run_norm  # noqa: F401
-from support_ops import SEMANTICS, Block, check_block, check_moments, draws, one_thread, tokens, block_parameters  # noqa: F401
+from support_ops import SEMANTICS, Block, block_parameters, check_block, check_moments, draws, one_thread, tokens  # noqa: F401
 from test_embed import DOWNSAMPLE, STEM, Embed, check_embed
 from test_head import check_head
 from test_mutants import caught_by

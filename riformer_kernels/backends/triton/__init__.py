@@ -94,5 +94,6 @@ BACKEND = Backend(
     unusable=unusable,
     detail=detail,
     refuses=why_not_device,
+    compiles=True,
     **{name: getattr(torch.ops.riformer, name).default for name in OPS},
 )
