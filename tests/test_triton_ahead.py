@@ -72,12 +72,12 @@ def test_matrix_kernels(architecture, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("architecture", choice.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [80, 100, 120])
 def test_matrix_kernels_with_layer_norm(architecture, dtype):
     launches = [
         found
         for found in matrix_launches(architecture, dtype, per_position=True)
-        if found.kernel.__name__ != "_conv_kernel" and ahead.width_of(found) in (64, 192, 512)
+        if found.kernel.__name__ != "_conv_kernel" and ahead.width_of(found) in (192, 512)
     ]
     check(compiled(launches, architecture, dtype), dtype)
 
