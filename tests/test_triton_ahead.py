@@ -57,7 +57,7 @@ def check(results: list[ahead.Compiled], dtype: torch.dtype) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def matrix_launches(architecture: int, dtype: torch.dtype, **options: bool) -> list:
+def matrix_launches(architecture: int, dtype: torch.dtype, **options: object) -> list:
     return [found for found in ahead.network(architecture, dtype, **options) if found.kernel.__name__ in MATRIX_KERNELS]
 
 
@@ -80,6 +80,15 @@ def test_matrix_kernels_with_layer_norm(architecture, dtype):
         if found.kernel.__name__ != "_conv_kernel" and ahead.width_of(found) in (192, 512)
     ]
     check(compiled(launches, architecture, dtype), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [86, 90])
+def test_bfloat16_tokens_with_float32_parameters(architecture):
+    """`compute_dtype`: the weights take twice the shared memory on their way."""
+    launches = matrix_launches(architecture, torch.bfloat16, parameters=torch.float32)
+    assert len(launches) == 4 + 8 + 8
+    check(compiled(launches, architecture, torch.bfloat16), torch.bfloat16)
 
 
 @pytest.mark.slow

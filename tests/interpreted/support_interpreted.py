@@ -1,4 +1,8 @@
-"""What the interpreted tests share: the launchers under the signatures of the op tests, forced choices, guard regions."""
+"""What the interpreted tests share: the launchers under the signatures of the op tests, forced choices, guard regions.
+
+The files here run in a process of their own (`tests/test_triton.py`): Triton decides at its import whether it interprets.
+Their names keep them out of an ordinary run.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,9 @@ import torch
 from support_ops import EPS, PARAMETERS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from riformer_kernels.backends.triton import block, choice, embed, head, moments, norm
+from riformer_kernels.backends.triton import _launch, block, choice, embed, head, moments, norm
 
+assert _launch.INTERPRETED, "these tests need TRITON_INTERPRET=1 from the start; run tests/test_triton.py"
 GUARD = 256
 POISON = 12345.0
 

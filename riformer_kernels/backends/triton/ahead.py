@@ -132,26 +132,39 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def network(
-    architecture: int, dtype: torch.dtype, *, per_position: bool = False, image: int = IMAGE, training: bool = False
+    architecture: int,
+    dtype: torch.dtype,
+    *,
+    parameters: torch.dtype | None = None,
+    per_position: bool = False,
+    image: int = IMAGE,
+    training: bool = False,
 ) -> list[Launch]:
     """Every different launch that RIFormer S12 ... M48 make in ``dtype`` on an image of ``image`` x ``image`` pixels.
 
     Args:
+        parameters: dtype of the parameters and images (``patch``'s ``compute_dtype`` on a float32 model); None: ``dtype``.
         per_position: LayerNorm in place of GroupNorm(1).
         training: the training-time form, whose affine is folded by the kernels.
     """
     found: dict[tuple, Launch] = {}
     for widths in WIDTHS:
-        for launch in _of_widths(architecture, dtype, widths, image, per_position, training):
+        for launch in _of_widths(architecture, dtype, parameters or dtype, widths, image, per_position, training):
             found.setdefault(_key(launch), launch)
     return list(found.values())
 
 
 def _of_widths(
-    architecture: int, dtype: torch.dtype, widths: tuple[int, ...], image: int, per_position: bool, training: bool
+    architecture: int,
+    dtype: torch.dtype,
+    parameters: torch.dtype,
+    widths: tuple[int, ...],
+    image: int,
+    per_position: bool,
+    training: bool,
 ) -> list[Launch]:
     def parameter(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=parameters, device="meta")
 
     launches = []
     x, size, inputs = parameter(2, 3, image, image), image, 3
