@@ -40,6 +40,22 @@ def gelu(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def add_product(a, b, total, PRECISION: tl.constexpr):
+    """``total + a b``, float32.
+
+    Exact float32 products are summed on their own first: one chain of additions over all of K (3072 at the widest)
+    has more error than PyTorch's, which adds pieces. The zero that they start from is one that the compiler cannot
+    know to be one; otherwise it puts ``total`` in its place and makes a single chain after all.
+    """
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        zero = (tl.program_id(0) < 0).to(tl.float32)
+        result = total + tl.dot(a, b, tl.zeros_like(total) + zero, input_precision="ieee")
+    else:
+        result = tl.dot(a, b, total, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
 def load_moments(moments, image, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """Means and centred sums of squares [BLOCK_C] of one image, 0 beyond C, and the first channel's mean."""
     c = tl.arange(0, BLOCK_C)

@@ -32,7 +32,7 @@ from ._launch import (
     rows_of,
     vector,
 )
-from ._math import centred_statistics, gelu, load_moments, position_statistics, store_tile_moments
+from ._math import add_product, centred_statistics, gelu, load_moments, position_statistics, store_tile_moments
 from .moments import merge, tile_moments
 
 
@@ -256,7 +256,7 @@ def _fused_kernel(
                 fc1_weight + channel[:, None] + hidden[None, :] * C,
                 (channel < C)[:, None] & (hidden < HIDDEN)[None, :], 0.0,
             )  # fmt: skip
-            h = tl.dot(normed[i], weight.to(dtype), h, input_precision=PRECISION)
+            h = add_product(normed[i], weight.to(dtype), h, PRECISION)
         if fc1_bias is not None:
             h += tl.load(fc1_bias + hidden, hidden < HIDDEN, 0.0).to(tl.float32)[None, :]
         g = gelu(h, dtype == tl.float32).to(dtype)
@@ -267,7 +267,7 @@ def _fused_kernel(
                 fc2_weight + hidden[:, None] + channel[None, :] * HIDDEN,
                 (hidden < HIDDEN)[:, None] & (channel < C)[None, :], 0.0,
             )  # fmt: skip
-            added = added + (tl.dot(g, weight.to(dtype), sums[i], input_precision=PRECISION),)
+            added = added + (add_product(g, weight.to(dtype), sums[i], PRECISION),)
         sums = added
     count = tl.minimum(positions - tile * ROWS, ROWS).to(tl.float32)
     if not PER_POSITION:
@@ -323,7 +323,7 @@ def _expand_kernel(
             (channel < C)[:, None] & (column < HIDDEN)[None, :], 0.0,
         )  # fmt: skip
         z = _normed(values, stats, maps, channel, C, PER_POSITION).to(dtype)
-        h = tl.dot(z, weight.to(dtype), h, input_precision=PRECISION)
+        h = add_product(z, weight.to(dtype), h, PRECISION)
     if fc1_bias is not None:
         h += tl.load(fc1_bias + column, column < HIDDEN, 0.0).to(tl.float32)[None, :]
     g = gelu(h, dtype == tl.float32).to(dtype)
@@ -373,7 +373,7 @@ def _project_kernel(
             fc2_weight + at[:, None] + channel[None, :] * HIDDEN,
             (at < HIDDEN)[:, None] & (channel < C)[None, :], 0.0,
         )  # fmt: skip
-        branch = tl.dot(g, weight.to(dtype), branch, input_precision=PRECISION)
+        branch = add_product(g, weight.to(dtype), branch, PRECISION)
     x += start * C
     out += start * C
     if PER_POSITION:

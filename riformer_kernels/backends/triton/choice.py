@@ -95,13 +95,14 @@ _FUSED_16_BIT = {
     90: ((64, 64, 64, 64, 4, 2), (96, 32, 64, 64, 4, 2), (192, 64, 32, 64, 4, 2)),
     120: ((64, 64, 64, 64, 4, 2), (96, 32, 64, 64, 4, 2), (192, 32, 32, 64, 4, 2)),
 }
-# float32 products run on the ordinary units: smaller pieces and no pipeline, else the registers spill.
+# float32 products run on the ordinary units: smaller pieces and no pipeline, else the registers spill. Between 4 and 8
+# warps the compiler's register allocation decides, architecture by architecture.
 _FUSED_FLOAT32 = {
-    80: ((64, 64, 32, 64, 8, 1), (192, 32, 16, 32, 4, 1)),
-    100: ((64, 64, 32, 64, 8, 1), (192, 32, 16, 32, 8, 1)),
+    80: ((64, 64, 32, 64, 8, 1), (96, 32, 16, 32, 4, 1), (192, 32, 16, 32, 8, 1)),
+    120: ((64, 64, 32, 64, 8, 1), (96, 32, 16, 32, 8, 1), (128, 32, 16, 32, 4, 1), (192, 32, 16, 32, 8, 1)),
 }
 _MATRIX_16_BIT = MatrixTile(64, 128, 64, 4, 3)
-_MATRIX_FLOAT32 = {80: MatrixTile(32, 64, 32, 4, 2), 120: MatrixTile(32, 64, 32, 4, 1)}
+_MATRIX_FLOAT32 = {80: MatrixTile(32, 64, 32, 4, 2), 100: MatrixTile(32, 64, 32, 4, 1)}
 
 
 def _rows(positions: int, most: int) -> int:

@@ -15,7 +15,7 @@ import triton.language as tl
 from ...errors import InputError
 from . import choice
 from ._launch import MOST_ELEMENTS, aligned, architecture_of, launch, precision, vector
-from ._math import store_tile_moments
+from ._math import add_product, store_tile_moments
 from .moments import merge, tile_moments
 
 GATHERED_CHANNELS = 16
@@ -95,7 +95,7 @@ def _conv_kernel(
                 weight + term[:, None] + channel[None, :] * terms,
                 (term < terms)[:, None] & (channel < C)[None, :], 0.0,
             )  # fmt: skip
-            total = tl.dot(values.to(dtype), matrix.to(dtype), total, input_precision=PRECISION)
+            total = add_product(values.to(dtype), matrix.to(dtype), total, PRECISION)
     else:
         for step in tl.range(0, KH * KW * slices, num_stages=STAGES):
             tap = step // slices
@@ -107,7 +107,7 @@ def _conv_kernel(
                 weight + tap * CIN + ci[:, None] + channel[None, :] * terms,
                 (ci < CIN)[:, None] & (channel < C)[None, :], 0.0,
             )  # fmt: skip
-            total = tl.dot(values.to(dtype), matrix.to(dtype), total, input_precision=PRECISION)
+            total = add_product(values.to(dtype), matrix.to(dtype), total, PRECISION)
     if bias is not None:
         total += tl.load(bias + channel, channel < C, 0.0).to(tl.float32)[None, :]
     rounded = total.to(dtype)
