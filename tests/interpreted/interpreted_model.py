@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,3 +196,33 @@ def test_moments_and_images_beyond_2_31_elements(monkeypatch):
     out, out_moments = embed.embed(x, weight, None, 1, 1, torch.float16, True)
     assert torch.equal(out[-1:], expected) and torch.equal(out_moments[-1:], expected_moments)
     assert torch.equal(moments.moments(out)[-1:], moments_alone)
+
+
+@pytest.mark.parametrize("kernel", ["fused", "project", "none"])
+def test_the_probe_sees_offsets_of_32_bits(monkeypatch, tmp_path, kernel):
+    """The same with the 64-bit conversion of one kernel taken out: it must not survive. In a process of its own, as
+    what it reads may not be there."""
+    text = Path(block.__file__).read_text().replace("from . import", "from riformer_kernels.backends.triton import")
+    text = text.replace("from ._", "from riformer_kernels.backends.triton._").replace(
+        "from .moments", "from riformer_kernels.backends.triton.moments"
+    )
+    start = text.index(f"def _{kernel}_kernel(") if kernel != "none" else len(text)
+    text = text[:start] + text[start:].replace("image.to(tl.int64) * positions", "image * positions", 1)
+    path = tmp_path / "changed_block.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location("changed_block", path)
+    changed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(changed)
+    monkeypatch.setitem(globals(), "block", changed)
+    probe = test_hidden_beyond_2_31_elements if kernel == "project" else test_tokens_beyond_2_31_elements
+    child = os.fork()
+    if not child:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+            try:
+                probe(monkeypatch)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert (status == 0) == (kernel == "none"), status
