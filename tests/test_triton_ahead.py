@@ -3,6 +3,7 @@ registers, spills, shared memory and matrix instructions. Compiled, not run."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -165,7 +166,8 @@ def test_choice_is_frozen():
         128: choice.FusedTile(64, 64, 32, 4, 2), 192: choice.FusedTile(64, 64, 32, 4, 2),
     }  # fmt: skip
     tile = choice.MatrixTile(64, 128, 64, 4, 3)
-    assert choice.choose_block(problem(320, 196)) == choice.BlockChoice(None, tile, tile)
+    narrow = dataclasses.replace(tile, columns=64)
+    assert choice.choose_block(problem(320, 196)) == choice.BlockChoice(None, tile, narrow)
     assert choice.choose_block(problem(512, 49)) == choice.BlockChoice(None, tile, tile)
 
 

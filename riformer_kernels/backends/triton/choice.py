@@ -131,7 +131,8 @@ def choose_block(problem: BlockProblem) -> BlockChoice:
         return BlockChoice(FusedTile(rows, _chunk(problem.channels, chunk), hidden, warps if rows > 16 else 4, stages))
     tile = _MATRIX_FLOAT32[_nearest(problem.architecture, _MATRIX_FLOAT32)] if wide else _MATRIX_16_BIT
     tile = replace(tile, rows=_rows(problem.positions, tile.rows))
-    return BlockChoice(None, tile, tile)
+    # 320 = 5 x 64: a result's columns in pieces of 128 would be a fifth more work.
+    return BlockChoice(None, tile, replace(tile, columns=64) if problem.channels % 128 else tile)
 
 
 def choose_embed(problem: EmbedProblem) -> MatrixTile:
