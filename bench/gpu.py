@@ -178,9 +178,9 @@ def peak_bytes(call: Callable[[], object]) -> int:
 @contextmanager
 def launches(found: list[tuple[str, int, Any, Any]]) -> Iterator[None]:
     """Meanwhile, record name, C and two device events of every launch of ours."""
-    from riformer_kernels.backends.triton import block, embed, head, moments, norm
+    from riformer_kernels.backends.triton import block, block_maps, embed, head, moments, norm
 
-    modules = (block, embed, head, moments, norm)
+    modules = (block, block_maps, embed, head, moments, norm)
     original = block.launch
 
     def launch(kernel, programs, device, *arguments, **settings):

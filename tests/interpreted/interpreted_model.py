@@ -18,7 +18,7 @@ from support_ops import check_ratios, one_thread  # noqa: F401
 import riformer_kernels
 from riformer_kernels import Engine, VerificationError, backends, verification
 from riformer_kernels.backends import triton as backend
-from riformer_kernels.backends.triton import block, choice, moments
+from riformer_kernels.backends.triton import block, block_maps, choice, moments
 
 TINY = {"layers": [1, 1, 2, 1], "embed_dims": [16, 24, 40, 200]}
 NAME = "interpreted"
@@ -77,14 +77,14 @@ def test_a_bad_image_size_leaves_the_model_as_it_was():
 
 
 def test_verification_catches_a_broken_kernel(monkeypatch):
-    original = block.launch
+    original = block_maps.launch
 
     def launch(kernel, programs, device, *arguments, **settings):
         if kernel.__name__ == "_prepare_kernel":
             arguments = (*arguments[:-1], 0.1)  # eps2
         original(kernel, programs, device, *arguments, **settings)
 
-    monkeypatch.setattr(block, "launch", launch)
+    monkeypatch.setattr(block_maps, "launch", launch)
     monkeypatch.setattr(verification, "MORE_BATCHES", 0)
     with pytest.raises(VerificationError):
         riformer_kernels.patch(tiny(), backend=NAME, image_size=32)
@@ -138,7 +138,7 @@ class _LastImage:
             original(kernel, own, device, *arguments, **settings)
             offset[0] = 0
 
-        for module in (block, moments):
+        for module in (block, block_maps, moments):
             monkeypatch.setattr(module, "launch", launch)
 
 
@@ -202,10 +202,9 @@ def test_moments_and_images_beyond_2_31_elements(monkeypatch):
 def test_the_probe_sees_offsets_of_32_bits(monkeypatch, tmp_path, kernel):
     """The same with the 64-bit conversion of one kernel taken out: it must not survive. In a process of its own, as
     what it reads may not be there."""
-    text = Path(block.__file__).read_text().replace("from . import", "from riformer_kernels.backends.triton import")
-    text = text.replace("from ._", "from riformer_kernels.backends.triton._").replace(
-        "from .moments", "from riformer_kernels.backends.triton.moments"
-    )
+    package = "riformer_kernels.backends.triton"
+    text = Path(block.__file__).read_text().replace("from . import", f"from {package} import")
+    text = text.replace("from .", f"from {package}.")
     start = text.index(f"def _{kernel}_kernel(") if kernel != "none" else len(text)
     text = text[:start] + text[start:].replace("image.to(tl.int64) * positions", "image * positions", 1)
     path = tmp_path / "changed_block.py"

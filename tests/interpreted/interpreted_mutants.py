@@ -16,9 +16,9 @@ from test_head import check_head
 from test_mutants import caught_by
 from test_norm import check_norm
 
-from riformer_kernels.backends.triton import _math, block, choice, embed, head, moments, norm
+from riformer_kernels.backends.triton import _math, block, block_maps, choice, embed, head, moments, norm
 
-MODULES = (block, embed, head, moments, norm)
+MODULES = (block, block_maps, embed, head, moments, norm)
 
 
 @triton.jit
@@ -105,8 +105,8 @@ BLOCK_FAULTS = {
     "eps1 dropped": argument("_prepare_kernel", "eps1", lambda eps: 0.0),
     "eps 1e-6": argument("_prepare_kernel", "eps2", lambda eps: 1e-6),
     "eps dropped with LayerNorm": argument("_position_kernel", "eps2", lambda eps: 0.0),
-    "unbiased variance": replaced("centred_statistics", unbiased, block),
-    "rstd rounded to bf16": replaced("centred_statistics", rounded, block),
+    "unbiased variance": replaced("centred_statistics", unbiased, block_maps),
+    "rstd rounded to bf16": replaced("centred_statistics", rounded, block_maps),
     "E[x^2] - E[x]^2": replaced("store_tile_moments", plain_sums, block, moments),
     "a padded row counted": replaced("store_tile_moments", padded_rows_counted, block),
     "fc1 bias dropped": argument("_fused_kernel", "fc1_bias", none),

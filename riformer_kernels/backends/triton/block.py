@@ -1,16 +1,11 @@
 """``block`` and ``block_`` on the GPU: the block as two affine maps per image and channel, then two matrix products.
 
-With xc = x - mu1 (mu1: the image's mean, or the position's with LayerNorm), each image needs four numbers a channel:
-
-    y = x + u xc + w          u = r1 ls1 gamma1',  w = ls1 beta1'
-    z = P xc + Q              P = (1 + u) r2 gamma2,  Q = (w - (mu2 - mu1)) r2 gamma2 + beta2
+    y = x + u xc + w,  z = P xc + Q          xc = x - mu1; the maps are made by ``block_maps``
     out = y + ls2 * (W2 gelu(W1 z + b1) + b2)
 
-``_prepare_kernel`` makes them from the moments (mu2 and r2 follow from those of x, see ``riformer_kernels.algebra``);
-everything is taken relative to mu1, so nothing cancels where the mean is large. Then either ``_fused_kernel``, whose
-hidden tensor stays on the chip, or ``_expand_kernel`` and ``_project_kernel``, with it in memory. Both leave the moments
-of each tile, which ``moments.merge`` puts together in a fixed order. A tile reads and writes its own rows alone, so the
-result may lie over ``x``. Tiles end where an image does.
+Either ``_fused_kernel``, whose hidden tensor stays on the chip, or ``_expand_kernel`` and ``_project_kernel``, with it in
+memory. Both leave the moments of each tile, which ``moments.merge`` puts together in a fixed order. A tile reads and
+writes its own rows alone, so the result may lie over ``x``. Tiles end where an image does.
 """
 
 from __future__ import annotations
@@ -20,122 +15,10 @@ import triton
 import triton.language as tl
 
 from . import choice
-from ._launch import (
-    architecture_of,
-    as_tokens,
-    block_of,
-    in_layout_of,
-    launch,
-    matrix,
-    precision,
-    result_like,
-    rows_of,
-    vector,
-)
-from ._math import add_product, centred_statistics, gelu, load_moments, position_statistics, store_tile_moments
+from ._launch import architecture_of, as_tokens, in_layout_of, launch, matrix, precision, result_like, vector
+from ._math import add_product, gelu, store_tile_moments
+from .block_maps import block_maps
 from .moments import merge, tile_moments
-
-
-@triton.jit
-def _folded(norm1_weight, norm1_bias, affine_weight, affine_bias, c, C: tl.constexpr):
-    """gamma' = gamma (s - 1), beta' = beta (s - 1) + t in float32; as they are for a deployed block (no affine)."""
-    gamma = tl.load(norm1_weight + c, c < C, 0.0).to(tl.float32)
-    beta = tl.load(norm1_bias + c, c < C, 0.0).to(tl.float32)
-    if affine_weight is not None:
-        difference = tl.load(affine_weight + c, c < C, 0.0).to(tl.float32) - 1.0
-        gamma = gamma * difference
-        beta = beta * difference
-        if affine_bias is not None:
-            beta += tl.load(affine_bias + c, c < C, 0.0).to(tl.float32)
-    return gamma, beta
-
-
-@triton.jit(do_not_specialize=["positions", "eps1", "eps2"])
-def _prepare_kernel(
-    moments,  # [B, 2, C] float32, not read with PER_POSITION
-    maps,  # out: [B, 5, C] float32: u, w, P, Q, and mu1 in every place; [1, 5, C] with PER_POSITION
-    layer_scale_1,  # [C] or None, and the four after it
-    norm1_weight,
-    norm1_bias,
-    affine_weight,
-    affine_bias,
-    norm2_weight,  # [C]
-    norm2_bias,  # [C]
-    positions,
-    eps1,
-    eps2,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    PER_POSITION: tl.constexpr,
-):
-    """One image; with PER_POSITION once for all: u = ls1 gamma1', w = ls1 beta1', P = gamma2, Q = beta2."""
-    image = tl.program_id(0)
-    c = tl.arange(0, BLOCK_C)
-    gamma2 = tl.load(norm2_weight + c, c < C, 0.0).to(tl.float32)
-    beta2 = tl.load(norm2_bias + c, c < C, 0.0).to(tl.float32)
-    u = tl.zeros((BLOCK_C,), tl.float32)
-    w = tl.zeros((BLOCK_C,), tl.float32)
-    if norm1_weight is not None:
-        scale = tl.load(layer_scale_1 + c, c < C, 0.0).to(tl.float32)
-        gamma, beta = _folded(norm1_weight, norm1_bias, affine_weight, affine_bias, c, C)
-        u = scale * gamma
-        w = scale * beta
-    target = maps + image.to(tl.int64) * (5 * C) + c
-    if PER_POSITION:
-        tl.store(target + 2 * C, gamma2, c < C)
-        tl.store(target + 3 * C, beta2, c < C)
-    else:
-        mean, centred, first = load_moments(moments, image, C, BLOCK_C)
-        mu, low, rstd, d = centred_statistics(mean, centred, first, positions, eps1, C, BLOCK_C)
-        u = u * rstd
-        # Of y, relative to mu: means d (1 + u) + w, centred sums (1 + u)^2 V.
-        gain = 1.0 + u
-        shifted = tl.where(c < C, d * gain + w, 0.0)
-        mu2, _, rstd2, _ = centred_statistics(
-            shifted, gain * gain * centred, tl.sum(shifted, 0) / C, positions, eps2, C, BLOCK_C
-        )
-        p = rstd2 * gamma2
-        tl.store(target + 2 * C, gain * p, c < C)
-        # The kernels subtract the rounded mu; what that leaves over is made up for in the constants.
-        tl.store(target + 3 * C, ((w - mu2) - low * gain) * p + beta2, c < C)
-        tl.store(target + 4 * C, tl.zeros((BLOCK_C,), tl.float32) + mu, c < C)
-        w -= low * u
-    tl.store(target, u, c < C)
-    tl.store(target + C, w, c < C)
-
-
-@triton.jit(do_not_specialize=["positions", "eps1", "eps2"])
-def _position_kernel(
-    x,  # tokens [B, N, C]
-    statistics,  # out: [B, N, 4] float32: mean and rstd of x, mean of y relative to that of x, rstd of y
-    maps,  # [1, 5, C] float32 of ``_prepare_kernel``
-    positions,
-    eps1,
-    eps2,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """LayerNorm's statistics: of each position of x, and of y = x + u (x - mean) rstd + w."""
-    tiles = tl.cdiv(positions, ROWS)
-    program = tl.program_id(0)
-    image, tile = program // tiles, program % tiles
-    row = tl.arange(0, ROWS)[:, None]
-    c = tl.arange(0, BLOCK_C)[None, :]
-    inside = (tile * ROWS + row < positions) & (c < C)
-    start = image.to(tl.int64) * positions + tile * ROWS
-    values = tl.load(x + start * C + row * C + c, inside, 0.0).to(tl.float32)
-    mean, rstd, d = position_statistics(values, eps1, C, BLOCK_C)
-    u = tl.load(maps + c, c < C, 0.0)
-    w = tl.load(maps + C + c, c < C, 0.0)
-    y = tl.where(c < C, d + u * (d * rstd) + w, 0.0)
-    mean2, rstd2, _ = position_statistics(y, eps2, C, BLOCK_C)
-    target = statistics + start * 4 + row * 4
-    there = tile * ROWS + row < positions
-    tl.store(target, mean, there)
-    tl.store(target + 1, rstd, there)
-    tl.store(target + 2, mean2, there)
-    tl.store(target + 3, rstd2, there)
 
 
 @triton.jit
@@ -419,20 +302,11 @@ def _compute(
     batch, channels, height, width = x.shape
     positions, hidden, device = height * width, fc1_weight.shape[0], x.device
     fc1_weight, fc2_weight = matrix(fc1_weight), matrix(fc2_weight)
-    parameters = [vector(p) for p in (layer_scale_1, norm1_weight, norm1_bias, affine_weight, affine_bias)]
-    norm2_weight, norm2_bias, fc1_bias = vector(norm2_weight), vector(norm2_bias), vector(fc1_bias)
-    fc2_bias, layer_scale_2 = vector(fc2_bias), vector(layer_scale_2)
-    images = 1 if per_position else batch
-    maps = torch.empty((images, 5, channels), dtype=torch.float32, device=device)
-    launch(_prepare_kernel, images, device, moments, maps, *parameters, norm2_weight, norm2_bias, positions, eps1, eps2,
-           C=channels, BLOCK_C=block_of(channels), PER_POSITION=per_position, num_warps=4)  # fmt: skip
-    statistics = None
-    if per_position:
-        statistics = torch.empty((batch, positions, 4), dtype=torch.float32, device=device)
-        rows = rows_of(channels)
-        programs = batch * triton.cdiv(positions, rows)
-        launch(_position_kernel, programs, device, x, statistics, maps, positions, eps1, eps2, C=channels,
-               BLOCK_C=block_of(channels), ROWS=rows, num_warps=4)  # fmt: skip
+    fc1_bias, fc2_bias, layer_scale_2 = vector(fc1_bias), vector(fc2_bias), vector(layer_scale_2)
+    maps, statistics = block_maps(
+        x, moments, layer_scale_1, norm1_weight, norm1_bias, affine_weight, affine_bias, eps1, norm2_weight, norm2_bias,
+        eps2, per_position,
+    )  # fmt: skip
     tile = chosen.fused or chosen.project
     partials = None if per_position else tile_moments(x, tile.rows)
     tiles = batch * triton.cdiv(positions, tile.rows)
