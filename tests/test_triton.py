@@ -38,20 +38,38 @@ def fresh(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """All files at once, one process each: they take minutes, and most machines have more than one core."""
+    pytest.importorskip("triton")
+    folder = tmp_path_factory.mktemp("interpreted")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_WAIT_POLICY": "passive"}
+    processes = {}
+    for file in FILES:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+        output = folder / f"{file.stem}.log"
+        with output.open("w") as log:
+            processes[file] = (
+                output,
+                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=HERE.parent, env=environment),
+            )
+    yield processes
+    for _, process in processes.values():
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_interpreted(file):
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)],
-        capture_output=True, text=True, timeout=900, cwd=HERE.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_WAIT_POLICY": "passive"},
-    )  # fmt: skip
-    tail = "\n".join(done.stdout.splitlines()[-60:])
-    if done.returncode and os.environ.get("RIFORMER_CPU") == "off" and re.search(r"RIFORMER_CPU=off", done.stdout):
+def test_interpreted(running, file):
+    output, process = running[file]
+    status = process.wait()
+    text = output.read_text()
+    tail = "\n".join(text.splitlines()[-80:])
+    if status and os.environ.get("RIFORMER_CPU") == "off" and "RIFORMER_CPU=off" in text:
         pytest.skip("RIFORMER_CPU=off: the checks are those of the native kernels' tests")
-    assert done.returncode == 0, f"{tail}\n{done.stderr[-2000:]}"
+    assert status == 0, tail
     assert re.search(r"\d+ passed", tail) and "failed" not in tail, tail
 
 
