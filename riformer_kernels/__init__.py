@@ -8,7 +8,8 @@ Importing registers the ops of the ``riformer`` namespace and does nothing else.
 """
 
 from . import functional
-from .errors import BackendError, InputError, PatchError, RIFormerKernelsError, VerificationError
+from .engine import Engine
+from .errors import BackendError, InputError, MemoryLimitError, PatchError, RIFormerKernelsError, VerificationError
 from .functional import norm_mlp
 from .patching import Handle, Row, patch, unpatch
 from .verification import Comparison, Verification
@@ -16,6 +17,6 @@ from .verification import Comparison, Verification
 __version__ = "0.1.0"
 
 __all__ = [
-    "BackendError", "Comparison", "Handle", "InputError", "PatchError", "RIFormerKernelsError", "Row", "Verification",
-    "VerificationError", "functional", "norm_mlp", "patch", "unpatch",
+    "BackendError", "Comparison", "Engine", "Handle", "InputError", "MemoryLimitError", "PatchError",
+    "RIFormerKernelsError", "Row", "Verification", "VerificationError", "functional", "norm_mlp", "patch", "unpatch",
 ]  # fmt: skip

@@ -21,3 +21,7 @@ class BackendError(RIFormerKernelsError, RuntimeError):
 
 class InputError(RIFormerKernelsError, ValueError):
     """An image or tensor has the wrong rank, number of channels, dtype or device."""
+
+
+class MemoryLimitError(RIFormerKernelsError, RuntimeError):
+    """Out of memory; the message says on which device, for what, and how much was asked for."""

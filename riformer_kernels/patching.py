@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import backends, verification
+from . import backends, verification, warmup
 from .errors import BackendError, PatchError, VerificationError
 from .fused import CONFIG, Config, FusedBackbone, adopt, release
 from .recognise import BackbonePlan, StagePlan, find, why_not_backbone
@@ -193,6 +193,7 @@ def patch(
     compute_dtype: torch.dtype | None = None,
     strict: bool = True,
     verify: bool = True,
+    image_size: int | tuple[int, int] = warmup.IMAGE_SIZE,
 ) -> Handle:
     """Make every RIFormer backbone in ``model`` compute the same function through fused kernels, in place.
 
@@ -215,6 +216,9 @@ def patch(
             can be, the report gives the reasons for the rest.
         verify: compare one seeded batch with float64 and eager PyTorch by the error-ratio rule, see ``verification``.
             With False the backbone's own ``forward`` is trusted to be RIFormer's (its parts are still probed).
+        image_size: side of the images, or (height, width), in pixels: a backend that compiles its kernels at first use
+            (the GPU's) does so now, for this size, with a line on stderr. Other sizes work, and may compile when they
+            come. No other backend looks at it.
 
     Returns:
         The handle. A model that is patched already with the same options gives an equivalent handle.
@@ -253,6 +257,7 @@ def patch(
                 config = backbone.__dict__[CONFIG]
                 if backbone in own:
                     config.expected = frozenset(plans[name].reasons())
+                    warmup.compile_kernels(backbone, config, image_size)
                 if verify and (config.verification is None or backbone in own):
                     config.verification = _verified(name, backbone, config)
         except BaseException:

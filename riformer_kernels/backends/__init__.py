@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 
 from ..errors import BackendError
-from . import cpu, reference
+from . import cpu, reference, triton
 from ._backend import Backend
 
-ALL: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, reference.BACKEND)}
+ALL: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, triton.BACKEND, reference.BACKEND)}
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:

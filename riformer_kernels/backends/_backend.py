@@ -21,6 +21,8 @@ class Backend:
         unusable: why it cannot be used on this machine, or None; asked each time, so that a repaired install shows.
         detail: one line for ``info`` and for reports, such as the instruction set chosen.
         moments, embed, block, block_, norm, head: the ops, with the signatures of ``riformer_kernels.ops``.
+        refuses: why one device of a served type is not served all the same (an older GPU), or None; without it all are.
+        compiles: whether kernels are compiled when they are first used, so that ``patch`` had better use them.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Backend:
     block_: Callable[..., Any]
     norm: Callable[..., Any]
     head: Callable[..., Any]
+    refuses: Callable[[torch.device], str | None] | None = None
+    compiles: bool = False
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """None when tokens of ``dtype`` on ``device`` are served, otherwise the reason."""
@@ -42,4 +46,5 @@ class Backend:
             return f"it serves {', '.join(self.devices)} tensors"
         if dtype not in self.dtypes:
             return f"it serves {', '.join(str(known).removeprefix('torch.') for known in self.dtypes)}"
-        return self.unusable()
+        reason = self.unusable()
+        return self.refuses(device) if reason is None and self.refuses is not None else reason

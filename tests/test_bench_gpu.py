@@ -1,0 +1,60 @@
+"""`bench/gpu.py` as far as it goes without a GPU: it says that there is none, and its arithmetic is right."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    sys.path.insert(0, str(BENCH))
+    try:
+        yield importlib.import_module("gpu")
+    finally:
+        sys.path.remove(str(BENCH))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_without_a_gpu_it_says_so_and_writes_nothing(gpu, capsys, tmp_path):
+    assert gpu.main(["--output", str(tmp_path / "out.jsonl")]) == 2
+    assert "nothing measured: no GPU to run on (" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_defaults_are_those_of_the_targets(gpu):
+    arguments = gpu.arguments_of([])
+    assert set(arguments.arch) == {"s12", "s24", "s36", "m36", "m48"} and set(arguments.batch) == {1, 64, 256, 1024}
+    assert arguments.seconds <= 480 and arguments.size == 224 and arguments.dtype == "bfloat16"
+
+
+def test_moved_bytes(gpu):
+    """Stage by stage for S12 at 224: x in and out per block, and where the hidden tensor is in memory, 1 + 4 + 4 more."""
+    tokens = [64 * 56**2, 128 * 28**2, 320 * 14**2, 512 * 7**2]
+    embeds = 3 * 224**2 + 2 * sum(tokens) - tokens[-1]
+    blocks = 2 * 2 * tokens[0] + 2 * 2 * tokens[1] + 6 * 11 * tokens[2] + 2 * 11 * tokens[3]
+    assert gpu.moved_bytes("s12", 224, torch.bfloat16) == 2 * (embeds + blocks)
+
+
+def test_the_table_shows_what_was_not_measured(gpu):
+    row = {"arch": "s12", "batch": 1, "peer": "compile NCHW", "reason": "no time left to compile it"}
+    timed = {
+        "arch": "s12", "batch": 256, "peer": "ours", "ms": 3.5, "images_per_s": 73142.9, "over_strongest": 1.5,
+        "of_matrix_rate": 0.34, "gbyte_per_s": 1234.0, "memory_over_eager": 0.2, "extra_memory_bytes": 1,
+    }  # fmt: skip
+    lines = gpu.shown([timed, row])
+    assert "73,143" in lines[1] and "34.0 %" in lines[1] and "0.20x eager" in lines[1]
+    assert lines[2].endswith("no time left to compile it")
+
+
+def test_samples_rotate(gpu, monkeypatch):
+    order = []
+    monkeypatch.setattr(gpu, "timed", lambda call, calls: call() or 1.0)
+    found = gpu.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)
+    assert order[4:] == ["a", "b", "b", "a"] and found == {"a": [1.0, 1.0], "b": [1.0, 1.0]}

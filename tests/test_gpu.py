@@ -1,0 +1,326 @@
+"""On a GPU: numbers, bits, graphs, streams, threads, bad input, the engine. Everything here is skipped, with the reason,
+where there is none (`pytest -m gpu`); what can be known without one is in `test_triton.py` and `test_triton_ahead.py`."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from riformer.model import RIFormer
+from riformer.randomize import randomize_
+from support_ops import SEMANTICS, Block, all_pairs, block_parameters, check_block, check_ratios, native_block, tokens
+from test_embed import DOWNSAMPLE, STEM, Embed, check_embed, native_embed
+from test_head import check_head, native_head
+from test_norm import check_norm
+
+import riformer_kernels
+from riformer_kernels import BackendError, Engine, InputError
+from riformer_kernels.backends import triton
+
+REASON = triton.unusable()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=f"no GPU to run on: {REASON}")]
+
+ARCHS = ("s12", "s24", "s36", "m36", "m48")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    """Eager's convolutions use TF32 by default, which would be no measure of a float32 error."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def on_gpu(value):
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+def model_of(arch="s12", dtype=torch.float32, classes=1000, deploy=True, norm="gn") -> RIFormer:
+    norm_options = {} if norm == "gn" else {"norm": norm}
+    return randomize_(RIFormer(arch, num_classes=classes, deploy=deploy, **norm_options), 0).to(dtype).eval().cuda()
+
+
+def images_of(batch, size, dtype, layout="nchw", seed=0) -> torch.Tensor:
+    x = torch.randn((batch, 3, size, size), generator=torch.Generator().manual_seed(seed)).to(dtype).cuda()
+    return x.contiguous(memory_format=FORMATS[layout])
+
+
+def patched(model, **options):
+    riformer_kernels.patch(model, **({"verify": False} | options))
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------- numbers
+
+GRID = all_pairs(
+    Block, 200_000_000, channels=(8, 40, 64, 96, 128, 192, 320, 384, 512), size=((1, 1), (7, 7), (14, 14), (17, 20), (28, 28)),
+    dtype=DTYPES, norm=("gn", "ln"), form=("training", "unit"), residual=(True, False),
+    layout=("nchw", "channels_last", "offset"), batch=(1, 3),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*SEMANTICS, *GRID], ids=str)
+def test_block(case):
+    """Judged by eager PyTorch on the CPU, whose float32 is exact on every machine."""
+
+    def run(x, parameters):
+        found = native_block(on_gpu(x), {key: on_gpu(value) for key, value in parameters.items()})
+        return [value.cpu() for value in found]
+
+    check_block(run, case, "cuda")
+
+
+@per_dtype
+@pytest.mark.parametrize(
+    "case",
+    [Embed(3, 64, **STEM, size=(225, 193)), Embed(64, 128, **DOWNSAMPLE, size=(28, 27), layout="channels_last"),
+     Embed(128, 320, **DOWNSAMPLE, size=(9, 7)), Embed(15, 24, **DOWNSAMPLE, bias=False)],
+    ids=str,
+)  # fmt: skip
+def test_embed(case, dtype):
+    def run(x, parameters, kind):
+        out, moments = native_embed(on_gpu(x), {key: on_gpu(value) for key, value in parameters.items()}, kind)
+        return out.cpu().contiguous(), moments.cpu()
+
+    check_embed(run, Embed(**{**vars(case), "dtype": dtype}), "cuda")
+
+
+@per_dtype
+@pytest.mark.parametrize("norm", ["gn", "ln"])
+def test_norm_and_head(dtype, norm):
+    def run_norm(x, *rest):
+        return torch.ops.riformer.norm(
+            on_gpu(x), None if norm == "ln" else torch.ops.riformer.moments(on_gpu(x)), *map(on_gpu, rest[:2]),
+            *rest[2:4], rest[4] or x.dtype,
+        ).cpu()  # fmt: skip
+
+    check_norm(run_norm, Block(96, (17, 20), dtype, norm, layout="channels_last"), "cuda")
+    run_head = lambda x, p, flag, kind: native_head(on_gpu(x), [on_gpu(v) for v in p], flag, kind).cpu()  # noqa: E731
+    check_head(run_head, Block(512, (7, 7), dtype, norm, batch=12), 1000, "cuda")
+
+
+@pytest.mark.slow
+@per_dtype
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize(("size", "batch"), [(224, 1), (224, 3), (224, 64), (384, 1), (384, 3)])
+@pytest.mark.parametrize("arch", ARCHS)
+@torch.inference_mode()
+def test_model(arch, size, batch, layout, dtype):
+    model = model_of(arch, dtype).to(memory_format=FORMATS[layout])
+    x = images_of(batch, size, dtype, layout)
+    few = slice(0, 4)  # float64 is slow; batch invariance has a test of its own
+    eager, golden = model(x)[few], copy.deepcopy(model).double()(x[few].double())
+    handle = riformer_kernels.patch(model, image_size=size)
+    assert all(row.backend.startswith("triton") for row in handle.report), str(handle)
+    check_ratios(model(x)[few], eager, golden, f"{arch} {dtype} {layout} {size} batch {batch}")
+
+
+@per_dtype
+@pytest.mark.parametrize("deploy", [True, False])
+@torch.inference_mode()
+def test_features_and_training_form(dtype, deploy):
+    model = model_of("s12", dtype, classes=0, deploy=deploy)
+    x = images_of(2, 97, dtype)
+    eager, golden = model(x), copy.deepcopy(model).double()(x.double())
+    for index, found in enumerate(patched(model)(x)):
+        check_ratios(found, eager[index], golden[index], f"stage {index} {dtype} deploy={deploy}")
+
+
+# -------------------------------------------------------------------------------------------------------------- bits
+
+
+@per_dtype
+@pytest.mark.parametrize("arch", ["s12", "m36"])
+@torch.inference_mode()
+def test_same_bits_again_alone_and_in_any_batch(arch, dtype):
+    model = patched(model_of(arch, dtype))
+    x = images_of(67, 224, dtype)
+    out = model(x)
+    assert all(torch.equal(model(x), out) for _ in range(5))
+    for index in (0, 1, 31, 66):
+        assert torch.equal(model(x[index : index + 1])[0], out[index])
+    assert torch.equal(model(x[3:40]), out[3:40])
+    assert torch.equal(model(x.contiguous(memory_format=torch.channels_last)), out)
+
+
+@per_dtype
+@torch.inference_mode()
+def test_a_graph_replays_the_same_bits_on_new_images_and_new_weights(dtype):
+    model = patched(model_of("s12", dtype))
+    static, other = images_of(3, 224, dtype), images_of(3, 224, dtype, seed=1)
+    model(static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = model(static)
+    for x in (other, static.clone()):
+        static.copy_(x)
+        graph.replay()
+        assert torch.equal(out, model(x))
+    model.network[4][1].mlp.fc1.bias.data.mul_(-1)
+    graph.replay()
+    assert torch.equal(out, model(static))
+
+
+@torch.inference_mode()
+def test_two_streams_and_two_threads():
+    model = patched(model_of("s12", torch.bfloat16))
+    inputs = [images_of(5, 224, torch.bfloat16, seed=seed) for seed in range(8)]
+    expected = [model(x) for x in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    found = [None] * len(inputs)
+    for index, x in enumerate(inputs):
+        with torch.cuda.stream(streams[index % 2]):
+            found[index] = model(x)
+    torch.cuda.synchronize()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    wrong = []
+
+    def work(start: int) -> None:
+        with torch.inference_mode(), torch.cuda.stream(streams[start]):
+            for index in list(range(start, len(inputs), 2)) * 5:
+                if not torch.equal(model(inputs[index]), expected[index]):
+                    wrong.append(index)
+
+    workers = [threading.Thread(target=work, args=(start,)) for start in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@torch.inference_mode()
+def test_no_synchronisation_and_no_other_kernel():
+    """Between input and logits: our launches and nothing else (channels_last weights of no copy, either)."""
+    model = patched(model_of("s12", torch.bfloat16))
+    x = images_of(2, 224, torch.bfloat16)
+    model(x)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            model(x)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    torch.cuda.synchronize()
+    names = {event.key for event in profile.key_averages()}
+    if not any("fused_kernel" in name for name in names):
+        pytest.skip("the profiler sees no kernels on this machine")
+    strangers = {name for name in names if "at::native" in name or "cudnn" in name or "cublas" in name}
+    assert not strangers, strangers
+
+
+@torch.inference_mode()
+def test_offsets_beyond_2_31():
+    """Tokens of the first stage pass 2^31 elements; the last image has to be right."""
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("less than 40 GB of GPU memory are free")
+    model = patched(model_of("s12", torch.bfloat16))
+    count = 2**31 // (64 * 56 * 56) + 2
+    x = images_of(1, 224, torch.bfloat16).expand(count, -1, -1, -1)
+    assert torch.equal(model(x)[-1], model(x[:1])[0])
+
+
+# ---------------------------------------------------------------------------------------------------- contract, engine
+
+
+@torch.inference_mode()
+def test_fresh_weights():
+    model, x = patched(model_of("s12", torch.bfloat16)), images_of(2, 224, torch.bfloat16)
+    before = model(x)
+    state = {name: value.flip(0) for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    changed = model(x)
+    assert not torch.equal(changed, before)
+    riformer_kernels.unpatch(model)
+    reference = model(x)
+    assert (changed - reference).abs().max() < 0.1 * reference.abs().max()
+
+
+@torch.inference_mode()
+def test_bad_input_and_moves():
+    model, x = patched(model_of("s12")), images_of(2, 224, torch.float32)
+    expected = model(x)
+    with pytest.raises(InputError, match="found images on cpu"):
+        model(x.cpu())
+    assert torch.equal(model(x), expected)
+    explicit = patched(model_of("s12"), backend="triton").cpu()
+    with pytest.raises(BackendError, match="it serves cuda tensors"):
+        explicit(x.cpu())
+    assert torch.equal(explicit.cuda()(x), expected)
+
+
+def test_compile_and_opcheck():
+    model, x = patched(model_of("s12", torch.bfloat16)), images_of(2, 224, torch.bfloat16)
+    with torch.inference_mode():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), model(x))
+    case = Block(24, (9, 7), torch.float16)
+    for layout in FORMATS:
+        values = tokens(case, 0, 24).cuda().contiguous(memory_format=FORMATS[layout])
+        arguments = [on_gpu(value) for value in block_parameters(case, 0).values()]
+        torch.library.opcheck(
+            torch.ops.riformer.block.default, (values, torch.ops.riformer.moments(values), *arguments),
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_engine(device):
+    model = patched(model_of("s12", torch.bfloat16), image_size=96)
+    engine = Engine(model, (1, 4, 16), 96)
+    for count in (0, 1, 3, 4, 16, 21):
+        x = images_of(count, 96, torch.bfloat16)
+        with torch.inference_mode():
+            expected = model(x).to(device)
+        assert torch.equal(engine(x.to(device)), expected)
+    x = images_of(3, 96, torch.bfloat16)
+    model.head.fc.bias.data.add_(1)
+    assert torch.equal(engine(x), model_now(model, x)), "a change in place"
+    model.head.fc.bias = torch.nn.Parameter(model.head.fc.bias.detach() * 2)
+    assert torch.equal(engine(x), model_now(model, x)), "a parameter replaced"
+
+
+@torch.inference_mode()
+def model_now(model, x):
+    return model(x)
+
+
+def test_engine_of_many_threads():
+    model = patched(model_of("s12", torch.bfloat16), image_size=96)
+    engine = Engine(model, (1, 4), 96)
+    inputs = [images_of(1 + index % 6, 96, torch.bfloat16, seed=index) for index in range(12)]
+    expected, wrong = [model_now(model, x) for x in inputs], []
+
+    def work(start: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for index in list(range(start, 12, 3)) * 10:
+                x = inputs[index].cpu() if index % 2 else inputs[index]
+                if not torch.equal(engine(x).cuda(), expected[index]):
+                    wrong.append(index)
+
+    workers = [threading.Thread(target=work, args=(start,)) for start in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_out_of_memory_leaves_everything_usable():
+    model = patched(model_of("s12", torch.bfloat16), image_size=96)
+    x = images_of(2, 96, torch.bfloat16)
+    expected = model_now(model, x)
+    total = torch.cuda.get_device_properties(0).total_memory
+    too_many = int(total // (3 * 96 * 96 * 2)) + 1
+    with pytest.raises(riformer_kernels.MemoryLimitError, match="Tried to allocate"):
+        Engine(model, (too_many,), 96)
+    assert torch.equal(Engine(model, (2,), 96)(x), expected) and torch.equal(model_now(model, x), expected)
