@@ -25,11 +25,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import peers
+import riformer
 import torch
 from harness import percentile
+from peers_torch import quiet
 from riformer.count import count_macs
+from subject import LAYOUTS, random_images, random_model
+from token_form import TokenForm
 from torch import Tensor
+from worker import describe
 
 import riformer_kernels
 from riformer_kernels import backends, numerics
@@ -128,11 +132,11 @@ def contenders(model: torch.nn.Module, x: Tensor, compiled: bool, clock: Clock) 
     riformer_kernels.patch(ours, image_size=x.shape[-1])
     yield OURS, lambda: ours(laid_out["NCHW"]), ""
     for layout, images in laid_out.items():
-        twin = copy.deepcopy(model).to(memory_format=peers.LAYOUTS[layout])
+        twin = copy.deepcopy(model).to(memory_format=LAYOUTS[layout])
         yield f"eager {layout}", lambda twin=twin, images=images: twin(images), ""
     if not compiled:
         return
-    for name, form in (("compile", model), ("compile F.linear", peers.TokenForm(copy.deepcopy(model)).eval())):
+    for name, form in (("compile", model), ("compile F.linear", TokenForm(copy.deepcopy(model)).eval())):
         for layout in ("channels_last", "NCHW"):
             if clock.left() < 150:
                 yield f"{name} {layout}", None, "no time left to compile it"
@@ -140,20 +144,20 @@ def contenders(model: torch.nn.Module, x: Tensor, compiled: bool, clock: Clock) 
             try:
                 # Not under its own graph mode: every contender gets the same graph, below.
                 twin = torch.compile(
-                    copy.deepcopy(form).to(memory_format=peers.LAYOUTS[layout]), mode="max-autotune-no-cudagraphs",
+                    copy.deepcopy(form).to(memory_format=LAYOUTS[layout]), mode="max-autotune-no-cudagraphs",
                     dynamic=False, fullgraph=True,
                 )  # fmt: skip
                 images = laid_out[layout]
-                with torch._inductor.config.patch(freezing=True), peers._quiet():
+                with torch._inductor.config.patch(freezing=True), quiet():
                     twin(images)
                 yield f"{name} {layout}", lambda twin=twin, images=images: twin(images), ""
             except Exception as error:
-                yield f"{name} {layout}", None, peers.describe(error)
+                yield f"{name} {layout}", None, describe(error)
 
 
 def checked(model: torch.nn.Module, call_on: torch.nn.Module, size: int, dtype: torch.dtype) -> numerics.ErrorRatios:
     """The error-ratio rule on 16 images, against float64 and eager PyTorch on this GPU."""
-    x = peers.random_images(CHECKED, size, dtype, seed=2).cuda()
+    x = random_images(CHECKED, size, dtype, seed=2).cuda()
     golden = copy.deepcopy(model).double()(x.double())
     ratios = numerics.compare(call_on(x), model(x), golden, dtype)
     if not ratios.passed:
@@ -218,11 +222,11 @@ def kernel_times(model: torch.nn.Module, x: Tensor, repeats: int = 5) -> list[di
     return [{"kernel": name, "C": width, "us": percentile(values, 0.5)} for (name, width), values in sums.items()]
 
 
-def moved_bytes(arch: peers.riformer.arch.ArchLike, size: int, dtype: torch.dtype) -> int:
+def moved_bytes(arch: riformer.arch.ArchLike, size: int, dtype: torch.dtype) -> int:
     """Bytes per image that our kernels move at least: every tensor between two launches, written once and read once."""
     from riformer_kernels.backends.triton.choice import FUSED_CHANNELS
 
-    shape = peers.riformer.arch.resolve_arch(arch)
+    shape = riformer.arch.resolve_arch(arch)
     side, inputs, total = size, 3, 0
     for stage, (depth, c) in enumerate(zip(shape.layers, shape.embed_dims)):
         kernel, stride, padding = (3, 2, 1) if stage else (7, 4, 2)
@@ -242,8 +246,8 @@ def measure(
     arch: str, batch: int, size: int, dtype: torch.dtype, top: dict[str, float], compiled: bool, clock: Clock
 ) -> list[dict[str, Any]]:
     """Rows of one arch and batch, ours first."""
-    model = peers.random_model(arch, dtype).cuda()
-    x = peers.random_images(batch, size, dtype).cuda()
+    model = random_model(arch, dtype).cuda()
+    x = random_images(batch, size, dtype).cuda()
     calls: dict[str, Callable[[], object]] = {}
     missing: dict[str, str] = {}
     ratios = None
@@ -258,7 +262,7 @@ def measure(
         try:
             calls[f"{name} + graph"] = graph_of(call)
         except Exception as error:
-            missing[f"{name} + graph"] = peers.describe(error)
+            missing[f"{name} + graph"] = describe(error)
     times = interleaved(calls)
     median = {name: percentile(values, 0.5) for name, values in times.items()}
     flop, moved = 2 * count_macs(arch, size, count="products"), moved_bytes(arch, size, dtype)
@@ -364,9 +368,7 @@ def main(argv: list[str] | None = None) -> int:
                     dtype = getattr(torch, arguments.dtype)
                     rows += measure(arch, batch, arguments.size, dtype, top, compiled, clock)
                 except torch.OutOfMemoryError as error:
-                    rows.append(
-                        {"kind": "gpu", "arch": arch, "batch": batch, "peer": "all", "reason": peers.describe(error)}
-                    )
+                    rows.append({"kind": "gpu", "arch": arch, "batch": batch, "peer": "all", "reason": describe(error)})
                 gc.collect()
                 torch.cuda.empty_cache()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -48,13 +48,13 @@ def _compiled(model: nn.Module, layout: str, x: Tensor) -> Callable[[Tensor], Te
     model = copy.deepcopy(model).to(memory_format=LAYOUTS[layout])
     compiled = torch.compile(model, mode="max-autotune", dynamic=False, fullgraph=True)
     # Freezing is asked for by the tracer too, which an option of the call would not reach.
-    with torch._inductor.config.patch(freezing=True), torch.inference_mode(), _quiet():
+    with torch._inductor.config.patch(freezing=True), torch.inference_mode(), quiet():
         compiled(x.contiguous(memory_format=LAYOUTS[layout]))
     return compiled
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the autotuner's tables, of which there is one per product, on standard error."""
     from torch._inductor import select_algorithm
 
