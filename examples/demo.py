@@ -140,7 +140,9 @@ def digits_part(checkpoint: Path, quick: bool, problems: list[str]) -> dict[str,
         rounds=2 if quick else 11, budget=1 if quick else 3, least=2,
     )  # fmt: skip
 
-    print(f"\n(a) {len(held_out):,} held-out scanned digits, RIFormer of {riformer.count_parameters(trained):,} parameters")
+    print(
+        f"\n(a) {len(held_out):,} held-out scanned digits, RIFormer of {riformer.count_parameters(trained):,} parameters"
+    )
     print("    Plain PyTorch in training-time and deployed form, then patched, all in float32.")
     print("    Times: median of interleaved rounds ± half the quartile distance. Errors: against float64.\n")
     rows = []

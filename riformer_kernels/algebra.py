@@ -87,7 +87,9 @@ def position_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps
     return normed * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
 
 
-def group_norm(x: torch.Tensor, moments: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+def group_norm(
+    x: torch.Tensor, moments: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
     """GroupNorm with one group of ``x`` [B, C, H, W], its statistics taken from ``moments``."""
     mu, rstd = group_statistics(moments, x.shape[2] * x.shape[3], eps)
     normed = (x - mu.view(-1, 1, 1, 1)) * rstd.view(-1, 1, 1, 1)

@@ -41,7 +41,9 @@ def _check(x: Any, lead: torch.Tensor, plan: BackbonePlan, autocast: bool) -> No
     if x.device != lead.device:
         raise InputError(f"expected {want}, found images on {x.device}; use images.to({str(lead.device)!r})")
     if x.dtype != lead.dtype and not autocast:
-        raise InputError(f"expected {want}, found {x.dtype}; use images.to({lead.dtype}), model.to({x.dtype}) or autocast")
+        raise InputError(
+            f"expected {want}, found {x.dtype}; use images.to({lead.dtype}), model.to({x.dtype}) or autocast"
+        )
     height, width = x.shape[2], x.shape[3]
     for item in (stem, *plan.network):
         if not isinstance(item, StagePlan) and item.stride:
@@ -57,7 +59,9 @@ def _check(x: Any, lead: torch.Tensor, plan: BackbonePlan, autocast: bool) -> No
 class _Run:
     """One forward pass. ``tokens`` and ``moments`` move from step to step; ``owned``: nobody else holds the tokens."""
 
-    def __init__(self, backbone: nn.Module, program: Any, backend: Any, dtype: torch.dtype, outer: Any, tracing: bool) -> None:
+    def __init__(
+        self, backbone: nn.Module, program: Any, backend: Any, dtype: torch.dtype, outer: Any, tracing: bool
+    ) -> None:
         self.backbone = backbone
         self.program = program
         self.backend = backend
@@ -140,7 +144,9 @@ def _wants_moments(plan: BackbonePlan, index: int) -> bool:
     return False
 
 
-def run(backbone: nn.Module, program: Program | TracedProgram, config: Options, x: torch.Tensor, tracing: bool = False) -> Any:
+def run(
+    backbone: nn.Module, program: Program | TracedProgram, config: Options, x: torch.Tensor, tracing: bool = False
+) -> Any:
     """The whole network, without gradients: what the original forward returns, computed by the backend's ops.
 
     Dtypes: tokens in ``config.compute_dtype``, else autocast's, else the parameters'. Results as the original returns
@@ -167,7 +173,9 @@ def run(backbone: nn.Module, program: Program | TracedProgram, config: Options, 
     return _steps(state, plan, x, features_dtype, logits_dtype)
 
 
-def _steps(state: _Run, plan: BackbonePlan, x: torch.Tensor, features_dtype: torch.dtype, logits_dtype: torch.dtype) -> Any:
+def _steps(
+    state: _Run, plan: BackbonePlan, x: torch.Tensor, features_dtype: torch.dtype, logits_dtype: torch.dtype
+) -> Any:
     backbone = state.backbone
     norms = {norm.index: norm for norm in plan.norms}
     pooled = plan.head is not None and plan.head.reason is None

@@ -218,7 +218,9 @@ def fused_class(original: type) -> type:
         cls = reference() if reference is not None else None
         if cls is None:
             body = {"__module__": original.__module__, "__doc__": original.__doc__, "_original_class": original}
-            cls = types.new_class(f"Fused{original.__name__}", (FusedBackbone, original), {}, lambda ns: ns.update(body))
+            cls = types.new_class(
+                f"Fused{original.__name__}", (FusedBackbone, original), {}, lambda ns: ns.update(body)
+            )
             # A weak value: the subclass refers to its base, so a strong one would keep both alive for ever.
             _classes[original] = weakref.ref(cls)
         return cls

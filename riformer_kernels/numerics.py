@@ -79,7 +79,9 @@ def _ratio(ours: float, eager: float) -> float:
     return ours / eager if eager > 0.0 else float("inf")
 
 
-def compare(ours: torch.Tensor, eager: torch.Tensor, golden: torch.Tensor, dtype: torch.dtype | None = None) -> ErrorRatios:
+def compare(
+    ours: torch.Tensor, eager: torch.Tensor, golden: torch.Tensor, dtype: torch.dtype | None = None
+) -> ErrorRatios:
     """The four ratios of ``ours`` against ``eager``, both measured against ``golden``.
 
     Args:

@@ -233,7 +233,9 @@ def patch(
     if not isinstance(model, nn.Module):
         raise PatchError(f"expected a torch.nn.Module that contains a RIFormer, found {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise PatchError("found a torch.jit.ScriptModule, whose forward is compiled; patch the model before scripting it")
+        raise PatchError(
+            "found a torch.jit.ScriptModule, whose forward is compiled; patch the model before scripting it"
+        )
     if compute_dtype is not None and not isinstance(compute_dtype, torch.dtype):
         raise PatchError(f"compute_dtype must be a torch.dtype or None, found {compute_dtype!r}")
     with _lock:

@@ -144,7 +144,11 @@ def _probe(module: nn.Module, plan: Any, ask: Callable[..., str | None]) -> str 
     if key not in _answers:
         generator = torch.Generator().manual_seed(0)
         try:
-            with torch.no_grad(), torch.autocast(_device_type(module), enabled=False), torch.random.fork_rng(devices=[]):
+            with (
+                torch.no_grad(),
+                torch.autocast(_device_type(module), enabled=False),
+                torch.random.fork_rng(devices=[]),
+            ):
                 answer = ask(module, plan, generator)
         except Exception as error:  # noqa: BLE001  (whatever the module raises is the reason)
             answer = f"forward of {type(module).__name__} fails on tokens [B, C, H, W]: {error}"

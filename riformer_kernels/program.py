@@ -40,7 +40,9 @@ class Guard:
         self._backbone = backbone
         self._modules = [module for module in backbone.modules() if module is not backbone]
         self._dicts = [module.__dict__ for module in self._modules]
-        watched = [("training", module) for module in self._modules if "p" in module.__dict__ or "drop_prob" in module.__dict__]
+        watched = [
+            ("training", module) for module in self._modules if "p" in module.__dict__ or "drop_prob" in module.__dict__
+        ]
         watched += [(key, module) for module in self._modules for key in _SETTINGS if key in module.__dict__]
         self._watched = [module.__dict__ for _, module in watched]
         self._keys = [key for key, _ in watched]

@@ -207,7 +207,9 @@ def _strange(module: nn.Module, name: str, weights: tuple[str, ...], optional: t
     for key in expected:
         value = parameter(module, key)
         if value is not None and (value.layout != torch.strided or value.is_quantized):
-            return f"{name}.{key} is {'quantized' if value.is_quantized else str(value.layout)}, not a plain dense tensor"
+            return (
+                f"{name}.{key} is {'quantized' if value.is_quantized else str(value.layout)}, not a plain dense tensor"
+            )
     return None
 
 
@@ -252,9 +254,7 @@ def _norm(module: nn.Module, name: str, channels: int) -> tuple[bool, float, str
 def _width_reason(channels: int, multiple: int, what: str = "channels") -> str | None:
     if channels % multiple == 0:
         return None
-    return (
-        f"{channels} {what}: the native kernels need a multiple of {multiple}; use backend='reference' for plain PyTorch"
-    )
+    return f"{channels} {what}: the native kernels need a multiple of {multiple}; use backend='reference' for plain PyTorch"
 
 
 def _dropping(module: nn.Module | None, name: str) -> str | None:
@@ -372,7 +372,9 @@ def describe(backbone: nn.Module, multiple: int = 8) -> BackbonePlan:
     for index, item in enumerate(backbone.network):
         name = f"network.{index}"
         if isinstance(item, nn.Sequential):
-            reason = next((f"{HOOKS[key]} on the stage, which would not fire" for key in HOOKS if item.__dict__.get(key)), None)
+            reason = next(
+                (f"{HOOKS[key]} on the stage, which would not fire" for key in HOOKS if item.__dict__.get(key)), None
+            )
             if "forward" in item.__dict__ or type(item).forward is not nn.Sequential.forward:
                 reason = reason or f"forward of the stage ({type(item).__name__}) is not nn.Sequential's"
             blocks = tuple(describe_block(block, f"{name}.{i}", multiple) for i, block in enumerate(item))

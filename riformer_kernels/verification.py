@@ -98,7 +98,13 @@ class Verification:
         lines = []
         for item in shown:
             r = item.ratios
-            kind = "" if item in self.network else " (branch)" if failed_only else f" (branch, worst of {len(self.branches)})"
+            kind = (
+                ""
+                if item in self.network
+                else " (branch)"
+                if failed_only
+                else f" (branch, worst of {len(self.branches)})"
+            )
             text = f"rms {r.ours.rms:.2e} ({r.rms:.2f}x)  max {r.ours.max:.2e} ({r.max:.2f}x)"
             text += f"  channel {r.channel:.2f}x  position {r.position:.2f}x"
             lines.append(f"  {item.name}{kind}: {text}" + ("" if item.passed else f"  {item.failure}"))
@@ -194,7 +200,10 @@ def _network(
         if plan.head is None:
             return triples
         features = run(ours_twin, headless, config, x.to(lead.dtype))
-        return [*zip(features, _features(eager_twin, x, outputs), _features(golden_twin, x.double(), outputs)), *triples]
+        return [
+            *zip(features, _features(eager_twin, x, outputs), _features(golden_twin, x.double(), outputs)),
+            *triples,
+        ]
 
     return tuple(_judge(names, sample, dtype))
 

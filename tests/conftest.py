@@ -37,7 +37,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 def make() -> Callable[..., nn.Module]:
     """Builds a tiny RIFormer with hard parameters, in evaluation mode; ``seed``, ``arch`` and RIFormer's arguments."""
 
-    def build(seed: int = 0, arch: dict | str = TINY, dtype: torch.dtype = torch.float32, **options: object) -> nn.Module:
+    def build(
+        seed: int = 0, arch: dict | str = TINY, dtype: torch.dtype = torch.float32, **options: object
+    ) -> nn.Module:
         return randomize_(RIFormer(arch, **options), seed).to(dtype).eval()
 
     return build

@@ -299,7 +299,7 @@ def test_other_content_is_named(tmp_path, content, words):
 
 def test_save_and_load_again(tmp_path):
     model, path = hard(norm="ln", norm_eps=1e-6), tmp_path / "a.safetensors"
-    digest = save_checkpoint(model, path, metadata={"top1": "76.9", "labels": "é, \"quoted\""})
+    digest = save_checkpoint(model, path, metadata={"top1": "76.9", "labels": 'é, "quoted"'})
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert same(load_checkpoint(path), snapshot(model))
     metadata = riformer.read_metadata(path)

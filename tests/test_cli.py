@@ -144,9 +144,7 @@ def test_without_terminal_no_escape_codes(
 
 
 @pytest.mark.parametrize("rich", [True, False])
-def test_progress_is_on_stderr_only(
-    rich: bool, checkpoint: str, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_is_on_stderr_only(rich: bool, checkpoint: str, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not rich:
         monkeypatch.setitem(sys.modules, "rich.console", None)  # import fails
     arguments = ["predict", str(photos), "--checkpoint", checkpoint, *EXACT, "--no-patch", "--format", "json"]
@@ -280,7 +278,11 @@ def test_bench_json(backend: str, capsys: pytest.CaptureFixture[str], monkeypatc
     assert main([*BENCH, "--backend", backend, "--threads", "2", "--format", "json"]) == 0
     assert threads == [2, before]
     found = json.loads(capsys.readouterr().out)
-    assert found["machine"]["threads"] == before and "inference_mode" in found["timed"] and "forward only" in found["timed"]
+    assert (
+        found["machine"]["threads"] == before
+        and "inference_mode" in found["timed"]
+        and "forward only" in found["timed"]
+    )
     assert [(r["dtype"], r["batch"]) for r in found["results"]] == [("float32", 1), ("float32", 2)]
     for result in found["results"]:
         rows = {row["variant"]: row for row in result["rows"]}
@@ -290,7 +292,9 @@ def test_bench_json(backend: str, capsys: pytest.CaptureFixture[str], monkeypatc
             assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
             assert row["images_per_s"] == pytest.approx(1e3 * result["batch"] / row["median_ms"])
         best = rows[result["best_peer"]]
-        assert best["vs_best_peer"] == 1 and best["median_ms"] == min(rows[n]["median_ms"] for n in rows if n != "patched")
+        assert best["vs_best_peer"] == 1 and best["median_ms"] == min(
+            rows[n]["median_ms"] for n in rows if n != "patched"
+        )
         assert rows["patched"]["vs_best_peer"] == pytest.approx(best["median_ms"] / rows["patched"]["median_ms"])
 
 

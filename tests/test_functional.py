@@ -70,7 +70,9 @@ def test_moments_flow_from_unit_to_unit(backend):
     again = norm_mlp(y, *parameters, moments=moments, backend=backend)
     assert torch.allclose(again, norm_mlp(y, *parameters, backend=backend), atol=1e-5)
     other = torch.stack((moments[:, 0] + 1, moments[:, 1]), 1)
-    assert not torch.allclose(norm_mlp(y, *parameters, moments=other, backend=backend), again, atol=1e-2), "they are read"
+    assert not torch.allclose(norm_mlp(y, *parameters, moments=other, backend=backend), again, atol=1e-2), (
+        "they are read"
+    )
 
 
 def test_parameters_of_another_dtype(backend):

@@ -39,7 +39,11 @@ def _set(path: str, value):
     def change(model: nn.Module) -> None:
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner) if owner else model
-        setattr(module, name, value(getattr(module, name)) if callable(value) and not isinstance(value, nn.Module) else value)
+        setattr(
+            module,
+            name,
+            value(getattr(module, name)) if callable(value) and not isinstance(value, nn.Module) else value,
+        )
 
     return change
 
@@ -125,10 +129,17 @@ def test_reason(make, change, part, message):
     assert others <= ({"head"} if part == "norm6" else set()), "nothing else is held back"
 
 
-@pytest.mark.parametrize("path", ["", "mlp", "mlp.fc1", "mlp.act", "mlp.drop", "norm2", "drop_path", "token_mixer.affine"])
+@pytest.mark.parametrize(
+    "path", ["", "mlp", "mlp.fc1", "mlp.act", "mlp.drop", "norm2", "drop_path", "token_mixer.affine"]
+)
 @pytest.mark.parametrize(
     "register",
-    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook"],
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
 )
 def test_every_hook_on_every_inner_module(make, path, register):
     model = make()
@@ -149,7 +160,10 @@ def test_dropout_matters_only_in_training(make, option):
 def test_widths_of_the_native_kernels(make):
     model = make(arch={"layers": [1, 1], "embed_dims": [12, 16]})
     found = reasons(model)
-    assert "12 channels: the native kernels need a multiple of 8" in found["network.0.0"] and "reference" in found["patch_embed"]
+    assert (
+        "12 channels: the native kernels need a multiple of 8" in found["network.0.0"]
+        and "reference" in found["patch_embed"]
+    )
     assert reasons(model, multiple=1) == {}
     model = make(arch={"layers": [1], "embed_dims": [16], "mlp_ratios": [0.75]})
     assert "12 hidden channels" in reasons(model)["network.0.0"]

@@ -215,7 +215,9 @@ def test_repetition_on_chance(make, backend, monkeypatch):
     """What exceeds a limit on one batch is repeated on five more, and fails if together and mostly singly they exceed."""
     seeds = []
     plain = verification._seeded
-    monkeypatch.setattr(verification, "_seeded", lambda shape, seed, *rest: seeds.append(seed) or plain(shape, seed, *rest))
+    monkeypatch.setattr(
+        verification, "_seeded", lambda shape, seed, *rest: seeds.append(seed) or plain(shape, seed, *rest)
+    )
     patch(make(), backend=backend)
     assert set(seeds) == {0}
     x = torch.ones(1, 4, 2, 2)

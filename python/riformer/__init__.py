@@ -1,8 +1,8 @@
 """RIFormer (CVPR 2023) in plain PyTorch: the reference that `riformer_kernels` is checked against.
 
-    model = riformer.create_model("s12")                  # or "riformer-s12_in1k", pretrained=True
-    model.switch_to_deploy()
-    riformer.load_into(model, riformer.load_checkpoint("weights.pth"))
+model = riformer.create_model("s12")                  # or "riformer-s12_in1k", pretrained=True
+model.switch_to_deploy()
+riformer.load_into(model, riformer.load_checkpoint("weights.pth"))
 """
 
 from .arch import ARCHS, Arch, resolve_arch

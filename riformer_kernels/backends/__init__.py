@@ -49,4 +49,5 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         "backend='reference'"
     )
 
+
 __all__ = ["ALL", "Backend", "choose"]

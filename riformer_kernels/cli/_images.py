@@ -190,7 +190,9 @@ def _open(path: str, how: Preprocessing) -> Any:
         image = _eight_bits(image).convert("RGB" if how.channels == 3 else "L")
     width, height = image.size
     scale = how.resize / min(width, height)
-    size = tuple(how.resize if side == min(image.size) else max(how.image_size, int(side * scale)) for side in image.size)
+    size = tuple(
+        how.resize if side == min(image.size) else max(how.image_size, int(side * scale)) for side in image.size
+    )
     if max(size) > 64 * how.resize:
         raise Unreadable(f"{width} x {height} pixels: too long and thin to crop a square from")
     if size != image.size:

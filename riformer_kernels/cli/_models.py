@@ -53,7 +53,7 @@ class Source:
 
 
 def arch_name(arch: Any) -> str:
-    """"s12", or what stands in for a name."""
+    """ "s12", or what stands in for a name."""
     return arch.name or f"custom (layers {list(arch.layers)}, widths {list(arch.embed_dims)})"
 
 

@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtypes, separated by commas (default: float32,bfloat16)",
     )
     parser.add_argument("--image-size", type=integer(3), default=224, metavar="N", help="side in pixels (default: 224)")
-    parser.add_argument("--threads", type=integer(1, 1024), metavar="N", help="PyTorch's threads (default: its own choice)")
+    parser.add_argument(
+        "--threads", type=integer(1, 1024), metavar="N", help="PyTorch's threads (default: its own choice)"
+    )
     parser.add_argument("--compile", action="store_true", help="also torch.compile (max-autotune, freezing)")
     parser.add_argument(
         "--seconds", type=number(0, 3600), default=5.0, metavar="S", help="measured per dtype and batch (default: 5)"
@@ -115,7 +117,9 @@ class _Variant:
         self.error: str | None = None
 
 
-def _variants(model: nn.Module, name: str, arguments: argparse.Namespace, advance: Callable[..., None]) -> list[_Variant]:
+def _variants(
+    model: nn.Module, name: str, arguments: argparse.Namespace, advance: Callable[..., None]
+) -> list[_Variant]:
     import torch
 
     import riformer_kernels

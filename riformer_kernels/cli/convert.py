@@ -136,6 +136,8 @@ def _deployed(source: Source, norm: dict[str, Any]) -> tuple[dict[str, Any], int
     if len(dtypes) == 1:
         model = model.to(dtypes.pop())
     else:
-        note(f"{source.path} mixes {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}; written as float32")
+        note(
+            f"{source.path} mixes {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}; written as float32"
+        )
     result = riformer.load_into(model, source.state_dict)
     return model.state_dict(), result.folded

@@ -154,7 +154,10 @@ def _print(found: dict[str, Any]) -> None:
         ("processor", ""),
         [
             ("model", cpu["model"]),
-            ("CPUs", f"{cpu['usable_cpus']} usable of {cpu['logical_cpus']}; PyTorch uses {cpu['torch_threads']} threads"),
+            (
+                "CPUs",
+                f"{cpu['usable_cpus']} usable of {cpu['logical_cpus']}; PyTorch uses {cpu['torch_threads']} threads",
+            ),
             ("features that matter", ", ".join(has) or "none known"),
             ("not there", ", ".join(lacks) or "-"),
         ],

@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="FILE", help="weights: a .safetensors or .pth, or a published name (downloads)"
     )
     parser.add_argument(
-        "--arch", metavar="NAME", help="checked against the checkpoint; a published name (riformer-s12_in1k) downloads it"
+        "--arch",
+        metavar="NAME",
+        help="checked against the checkpoint; a published name (riformer-s12_in1k) downloads it",
     )
     add_norm(parser)
     parser.add_argument("--image-size", type=integer(3), metavar="N", help="side of the crop in pixels")
@@ -206,7 +208,11 @@ def _model(source: Source, arguments: argparse.Namespace) -> tuple[nn.Module, st
 
 
 def _batches(
-    model: nn.Module, files: list[str], how: _images.Preprocessing, labels: list[str] | None, arguments: argparse.Namespace
+    model: nn.Module,
+    files: list[str],
+    how: _images.Preprocessing,
+    labels: list[str] | None,
+    arguments: argparse.Namespace,
 ) -> Iterator[tuple[int, list[dict[str, Any]], list[tuple[str, str]]]]:
     """Per batch: how many files it took, the predictions, and (file, reason) of those that failed."""
     import numpy as np
@@ -235,7 +241,9 @@ def _batches(
                     if row.isfinite().all():
                         good.append(_prediction(path, row, labels, arguments.topk))
                     else:
-                        bad.append((path, f"the model's output is not finite in {arguments.dtype}; try --dtype float32"))
+                        bad.append(
+                            (path, f"the model's output is not finite in {arguments.dtype}; try --dtype float32")
+                        )
             yield len(chunk), good, bad
 
 
@@ -263,7 +271,11 @@ def _print(results: list[dict[str, Any]], labelled: bool) -> None:
         for rank, entry in enumerate(result["predictions"]):
             name = (str(entry["class"]), entry["label"]) if labelled else (str(entry["class"]),)
             rows.append((result["image"] if rank == 0 else "", f"{100 * entry['probability']:.2f} %", *name))
-    table(("image", "probability", "class", "label") if labelled else ("image", "probability", "class"), rows, right=(1, 2))
+    table(
+        ("image", "probability", "class", "label") if labelled else ("image", "probability", "class"),
+        rows,
+        right=(1, 2),
+    )
 
 
 def _complain(path: str, reason: str) -> None:

@@ -1,7 +1,7 @@
 """``block``: a whole RIFormer block, and with its first half left out the LN-1x1 unit of the paper.
 
-    y   = x + ls1 * (gamma1' norm1(x) + beta1')          gamma1', beta1': the token mixer's affine folded in
-    out = y + ls2 * (W2 gelu(W1 norm2(y) + b1) + b2)     (RIFormer, arXiv 2304.05659, section 3.3)
+y   = x + ls1 * (gamma1' norm1(x) + beta1')          gamma1', beta1': the token mixer's affine folded in
+out = y + ls2 * (W2 gelu(W1 norm2(y) + b1) + b2)     (RIFormer, arXiv 2304.05659, section 3.3)
 """
 
 from __future__ import annotations
