@@ -38,8 +38,8 @@ sanitize: $(VENV)/.test
 	  $(BIN)/pytest -q -p no:cacheprovider tests/test_sanitized.py
 
 lint: $(VENV)/.test
-	$(BIN)/ruff check riformer_kernels python tests bench examples setup.py
-	$(BIN)/ruff format --check riformer_kernels python tests bench examples setup.py
+	$(BIN)/ruff check riformer_kernels python csrc tests bench examples setup.py
+	$(BIN)/ruff format --check riformer_kernels python csrc tests bench examples setup.py
 
 clean:
 	rm -rf $(VENV) build riformer_kernels/lib *.egg-info .pytest_cache .hypothesis .benchmarks

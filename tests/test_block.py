@@ -243,6 +243,27 @@ def test_an_image_gives_the_same_bits_alone_and_in_any_batch(isa, dtype, norm, c
 
 @per_isa
 @per_dtype
+@pytest.mark.parametrize(
+    ("channels", "hidden", "size"), [(40, 1288, (7, 7)), (320, 1280, (14, 14)), (64, 24, (19, 20)), (8, 8, (1, 1))]
+)
+def test_sharing_channels_changes_nothing(isa, dtype, channels, hidden, size):
+    """Few tokens: several threads share the channels. One thread, and a batch, share the tokens."""
+    case = Block(channels=channels, hidden=hidden, size=size, dtype=dtype, batch=9)
+    parameters = block_parameters(case, 0)
+    x = tokens(case, 0, channels)
+    with threads(1):
+        wanted, wanted_moments = native_block(x, parameters)
+    for count in (2, 3, 7):
+        with threads(count):
+            for first, last in ((0, 1), (4, 6), (0, 9)):
+                found, moments = native_block(x[first:last].contiguous(), parameters)
+                label = f"{isa} {case} images {first}..{last} with {count} threads"
+                assert torch.equal(found, wanted[first:last]), label
+                assert torch.equal(moments, wanted_moments[first:last]), label
+
+
+@per_isa
+@per_dtype
 @per_norm
 @pytest.mark.parametrize("size", [(9, 7), (28, 28)])
 def test_threads_and_runs_change_nothing(isa, dtype, norm, size):

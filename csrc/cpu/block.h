@@ -31,6 +31,17 @@ inline BlockChoice choose_block(int64_t channels, int64_t hidden, bool per_posit
 }
 
 template <class T, class Gemm>
+struct SplitBlock;
+
+// Whether the threads share the channels: when there is less than a task of tokens for each, all of them would read all
+// weights, which at batch 1 is what takes the time (bench/NOTES.md). The bits are the same either way.
+inline bool splits_channels(const cpu::BlockArgs& args, const Tasks& tasks) {
+  constexpr int64_t kMostTokens = 384;
+  return args.pool.threads > 1 && !args.per_position && tasks.count <= args.pool.threads &&
+         args.batch * args.positions <= kMostTokens;
+}
+
+template <class T, class Gemm>
 struct BlockKernel {
   using Element = typename Gemm::Element;
   static constexpr int kTokens = Gemm::kTokens;
@@ -44,6 +55,7 @@ struct BlockKernel {
   float* maps;     // ImageMap of every image, or with per_position four vectors [channels]
   float* partial;  // moments of every tile
   std::atomic<int64_t> missing{0};
+  bool split;  // the threads share the channels, not the tokens: see block_split.h
 
   BlockKernel(const cpu::BlockArgs& args_)
       : args(args_),
@@ -54,11 +66,13 @@ struct BlockKernel {
     depth1 = fc1.padded_depth(0);
     depth2 = fc2.padded_depth(0);
     rows2 = fc2.padded_rows();
+    split = splits_channels(args, tasks);
+    if (split) tasks = Tasks(tasks.tiles, args.batch * args.positions, 1);
     panels = (tasks.max_tokens() + kTokens - 1) / kTokens;
   }
 
   struct Memory {
-    Element *z, *hidden;  // panels of the task; one panel
+    Element *z, *hidden;  // panels of the task; one panel of a chunk, or with `split` all of them
     float *sums, *rows, *y;
     Piece* pieces;
     int64_t bytes;
@@ -84,10 +98,10 @@ struct BlockKernel {
     return static_cast<T*>(args.out) + (piece.image * args.channels + c) * args.positions + piece.position;
   }
 
-  // Channel by channel over the whole task, so that x is read in runs as long as the task: piece by piece, a third of the
+  // Channels [begin, end), one by one over the whole task, so that x is read in runs as long as the task: piece by piece, a third of the
   // time at C = 64 went into waiting for its rows (6 KB apart, which no prefetcher follows).
-  void normalise(int pieces, const Memory& m) const {
-    for (int64_t c = 0; c < args.channels; c += 2)
+  void normalise(int pieces, int64_t begin, int64_t end, const Memory& m) const {
+    for (int64_t c = begin; c < end; c += 2)
       for (const Piece* piece = m.pieces; piece < m.pieces + pieces; ++piece) {
         const ImageMap map(maps, piece->image, args.channels);
         Element* panel = m.z + piece->panel * depth1 * kTokens;
@@ -167,39 +181,51 @@ struct BlockKernel {
     return ahead;
   }
 
-  // hidden = gelu(W1 z + b1) for hidden channels [h0, h0 + chunk) and one panel
-  void first_product(int64_t h0, int64_t chunk, int64_t panel, int vectors, Ahead& ahead, const Memory& m) const {
+  Element* hidden_panel(int64_t h0, int64_t panel, const Memory& m) const {
+    return split ? m.hidden + (h0 / choice.hidden_chunk * panels + panel) * depth2 * kTokens : m.hidden;
+  }
+
+  // hidden = gelu(W1 z + b1) for hidden channels [h0 + begin, h0 + end) of a chunk and one panel
+  void first_product(int64_t h0, int64_t begin, int64_t end, int64_t panel, int vectors, Ahead& ahead,
+                     const Memory& m) const {
     const WeightRows<Gemm> weight = fc1.at(0);
     const Element* z = m.z + panel * depth1 * kTokens;
-    for (int64_t row = 0; row < chunk; row += Gemm::kRows) {
-      if (panel == 0) fetch_rows(weight, h0 + row + Gemm::kRows, h0 + chunk, depth1);
+    Element* hidden = hidden_panel(h0, panel, m);
+    for (int64_t row = begin; row < end; row += Gemm::kRows) {
+      if (panel == 0) fetch_rows(weight, h0 + row + Gemm::kRows, h0 + end, depth1);
       multiply<Gemm>(vectors, weight.data + (h0 + row) * weight.stride, weight.stride, z, depth1, m.rows, false);
       ahead.step();
       const float* bias = fc1_bias + h0 + row;
-      const int64_t rows = chunk - row < Gemm::kRows ? chunk - row : Gemm::kRows;
+      const int64_t rows = end - row < Gemm::kRows ? end - row : Gemm::kRows;
       for (int64_t i = 0; i < rows; i += 2) {
         const Vec bias_a = Vec::broadcast(bias[i]), bias_b = Vec::broadcast(bias[i + 1]);
         for (int v = 0; v < vectors; ++v) {
           const float* from = m.rows + i * kTokens + v * Vec::kLanes;
           const Vec a = Gemm::gelu(Vec::load(from) + bias_a);
           const Vec b = Gemm::gelu(Vec::load(from + kTokens) + bias_b);
-          Gemm::put(m.hidden, row + i, v * Vec::kLanes, a, b, Full{});
+          Gemm::put(hidden, row + i, v * Vec::kLanes, a, b, Full{});
         }
       }
     }
   }
 
-  // sums (+)= W2[:, h0 : h0 + chunk] hidden for one panel; before(row) and done(row) around each block of rows.
-  template <class Before, class Done>
-  void second_product(int64_t h0, int64_t panel, int vectors, const Memory& m, Before before, Done done) const {
+  // Rows [begin, end) of sums (+)= W2[:, h0 : h0 + chunk] hidden for one panel; after the last chunk they are finished.
+  void second_product(int64_t h0, int64_t begin, int64_t end, int64_t panel, int vectors, const Piece* pieces_end,
+                      const Memory& m) const {
     const WeightRows<Gemm> weight = fc2.at(h0);
+    const Element* hidden = hidden_panel(h0, panel, m);
     float* sums = m.sums + panel * rows2 * kTokens;
-    for (int64_t row = 0; row < args.channels; row += Gemm::kRows) {
-      if (panel == 0) fetch_rows(weight, row + Gemm::kRows, args.channels, fc2.depth(h0));
-      before(row);
-      multiply<Gemm>(vectors, weight.data + row * weight.stride, weight.stride, m.hidden, fc2.padded_depth(h0),
+    const bool final = h0 + fc2.chunk_channels(h0) >= args.hidden;
+    const Piece* first = m.pieces;
+    while (final && first->panel < panel) ++first;
+    const Piece* last = first;
+    while (final && last < pieces_end && last->panel == panel) ++last;
+    for (int64_t row = begin; row < end; row += Gemm::kRows) {
+      if (panel == 0) fetch_rows(weight, row + Gemm::kRows, end, fc2.depth(h0));
+      if (final) fetch(first, last, row);
+      multiply<Gemm>(vectors, weight.data + row * weight.stride, weight.stride, hidden, fc2.padded_depth(h0),
                      sums + row * kTokens, h0 > 0);
-      done(row);
+      for (int64_t c = row; final && c < row + Gemm::kRows && c < end; ++c) finish(first, last, c, m);
     }
   }
 
@@ -247,28 +273,13 @@ struct BlockKernel {
   // The panels of a task, one after the other for each chunk of hidden channels: a chunk's weights stay in the second-level
   // cache meanwhile, and a panel's hidden channels in the first.
   void multiply_task(int64_t tokens, const Piece* pieces_end, Ahead ahead, const Memory& m) const {
-    const int64_t panel_count = (tokens + kTokens - 1) / kTokens;
     for (int64_t h0 = 0; h0 < args.hidden; h0 += choice.hidden_chunk) {
       const int64_t chunk = fc2.chunk_channels(h0);
-      const bool final = h0 + chunk >= args.hidden;
       clear_rows<Gemm>(m.hidden, chunk, fc2.padded_depth(h0));
-      const Piece* first = m.pieces;
-      for (int64_t p = 0; p < panel_count; ++p) {
+      for (int64_t p = 0; p * kTokens < tokens; ++p) {
         const int vectors = vectors_in<Gemm>(tokens, p);
-        first_product(h0, chunk, p, vectors, ahead, m);
-        if (!final) {
-          second_product(h0, p, vectors, m, [](int64_t) {}, [](int64_t) {});
-          continue;
-        }
-        const Piece* last = first;
-        while (last < pieces_end && last->panel == p) ++last;
-        second_product(
-            h0, p, vectors, m, [&](int64_t row) { fetch(first, last, row); },
-            [&](int64_t row) {
-              const int64_t end = row + Gemm::kRows < args.channels ? row + Gemm::kRows : args.channels;
-              for (int64_t c = row; c < end; ++c) finish(first, last, c, m);
-            });
-        first = last;
+        first_product(h0, 0, chunk, p, vectors, ahead, m);
+        second_product(h0, 0, args.channels, p, vectors, pieces_end, m);
       }
     }
   }
@@ -289,10 +300,11 @@ struct BlockKernel {
     if (args.per_position)
       for (int i = 0; i < pieces; ++i) normalise_positions(m.pieces[i], m);
     else
-      normalise(pieces, m);
+      normalise(pieces, 0, args.channels, m);
     multiply_task(tokens, m.pieces + pieces, ahead_of(last, tokens), m);
     if (args.moments_out)
-      moments_of_tiles(static_cast<const T*>(args.out), tasks.tiles, first, last, args.channels, partial);
+      moments_of_tiles(static_cast<const T*>(args.out), tasks.tiles, first, last, args.channels, 0, args.channels,
+                       partial);
   }
 
   static void run_tasks(int64_t begin, int64_t end, void* context) {
@@ -352,12 +364,21 @@ struct BlockKernel {
       fill_position_maps();
     else
       args.pool.run(args.batch, &run_maps, this);
-    args.pool.run(tasks.count, &run_tasks, this);
+    if (split)
+      SplitBlock<T, Gemm>(*this).run();
+    else
+      args.pool.run(tasks.count, &run_tasks, this);
     if (missing.load() == 0 && args.moments_out)
       merge_all(args.pool, partial, tasks.tiles, channels, args.moments_out);
     return missing.load();
   }
 };
+
+}  // namespace riformer::RIFORMER_ISA
+
+#include "block_split.h"
+
+namespace riformer::RIFORMER_ISA {
 
 template <class T>
 inline int64_t block_of(const cpu::BlockArgs& args) {

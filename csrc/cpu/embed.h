@@ -298,7 +298,8 @@ struct EmbedKernel {
       multiply_panels(begin, tokens, m.pieces + pieces, m);
     }
     if (args.moments_out)
-      moments_of_tiles(static_cast<const T*>(args.out), tasks.tiles, first, last, args.channels, partial);
+      moments_of_tiles(static_cast<const T*>(args.out), tasks.tiles, first, last, args.channels, 0, args.channels,
+                       partial);
   }
 
   static void run_tasks(int64_t begin, int64_t end, void* context) {

@@ -32,16 +32,16 @@ inline void run_moments(const T* from, int64_t stride, int count, int64_t n, flo
   lane_sums(sums).store_n(centred, count);
 }
 
-// Tiles [first, last), channel by channel, so that rows are read in runs as long as these tiles. partial is
-// [tile][2][channels] over all tiles of the batch.
+// Channels [begin, end_channel) of tiles [first, last), channel by channel, so that rows are read in runs as long as these tiles.
+// partial is [tile][2][channels] over all tiles of the batch.
 template <class T>
 inline void moments_of_tiles(const T* tokens, const Tiles& tiles, int64_t first, int64_t last, int64_t channels,
-                             float* partial) {
+                             int64_t begin, int64_t end_channel, float* partial) {
   while (first < last) {
     const int64_t image = tiles.image(first);
     const int64_t end = (image + 1) * tiles.per_image < last ? (image + 1) * tiles.per_image : last;
-    for (int64_t c = 0; c < channels; c += Vec::kLanes) {
-      const int count = static_cast<int>(channels - c < Vec::kLanes ? channels - c : Vec::kLanes);
+    for (int64_t c = begin; c < end_channel; c += Vec::kLanes) {
+      const int count = static_cast<int>(end_channel - c < Vec::kLanes ? end_channel - c : Vec::kLanes);
       const T* row = tokens + (image * channels + c) * tiles.positions;
       for (int64_t tile = first; tile < end; ++tile) {
         float* mean = partial + tile * 2 * channels + c;
@@ -107,7 +107,7 @@ struct MomentsTask {
 
   static void run(int64_t begin, int64_t end, void* context) {
     const auto& task = *static_cast<const MomentsTask*>(context);
-    moments_of_tiles(task.x, *task.tiles, begin, end, task.channels, task.partial);
+    moments_of_tiles(task.x, *task.tiles, begin, end, task.channels, 0, task.channels, task.partial);
   }
 };
 

@@ -13,8 +13,9 @@ struct Scratch {
 
 }  // namespace
 
-void* thread_scratch(int64_t bytes) {
-  static thread_local Scratch scratch;
+void* thread_scratch(int64_t bytes, int slot) {
+  static thread_local Scratch slots[2];
+  Scratch& scratch = slots[slot];
   if (bytes > scratch.bytes) {
     std::free(scratch.data);
     const int64_t rounded = (bytes + 4095) / 4096 * 4096;

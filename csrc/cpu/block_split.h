@@ -1,0 +1,118 @@
+// A block whose threads share the channels: for few tokens, where each thread would otherwise read all weights. Three steps
+// with the threads waiting for each other in between: the norm, W1 by hidden channels, W2 by channels. The order of each
+// sum is that of the other way, and so are the bits.
+#pragma once
+
+#include "block.h"
+
+namespace riformer::RIFORMER_ISA {
+
+template <class T, class Gemm>
+struct SplitBlock {
+  using Kernel = BlockKernel<T, Gemm>;
+  using Memory = typename Kernel::Memory;
+  using Element = typename Gemm::Element;
+
+  Kernel& kernel;
+  Memory shared{};  // z, hidden and pieces
+  int64_t tokens = 0;
+  int pieces = 0;
+
+  explicit SplitBlock(Kernel& kernel_) : kernel(kernel_) {}
+
+  int64_t chunks() const {
+    return (kernel.args.hidden + kernel.choice.hidden_chunk - 1) / kernel.choice.hidden_chunk;
+  }
+
+  // What all threads use, and the sums of one thread.
+  Memory common(void* base) const {
+    Arena arena{static_cast<char*>(base)};
+    Memory m{};
+    m.z = arena.take<Element>(kernel.panels * kernel.depth1 * Gemm::kTokens);
+    m.hidden = arena.take<Element>(chunks() * kernel.panels * kernel.depth2 * Gemm::kTokens);
+    m.pieces = arena.take<Piece>(max_pieces(kernel.tasks, Gemm::kTokens));
+    m.bytes = arena.used;
+    return m;
+  }
+  bool own(Memory* m) const {
+    *m = shared;
+    Arena sizes{nullptr};
+    const auto take = [&](Arena& arena) {
+      m->sums = arena.take<float>(kernel.panels * kernel.rows2 * Gemm::kTokens);
+      m->rows = arena.take<float>(Gemm::kRows * Gemm::kTokens);
+    };
+    take(sizes);
+    void* base = cpu::thread_scratch(sizes.used);
+    if (!base) {
+      kernel.missing.store(sizes.used);
+      return false;
+    }
+    Arena arena{static_cast<char*>(base)};
+    take(arena);
+    return true;
+  }
+
+  void first_product(int64_t begin, int64_t end) const {
+    Memory m;
+    if (!own(&m)) return;
+    typename Kernel::Ahead nothing;
+    for (int64_t h0 = 0; h0 < kernel.args.hidden; h0 += kernel.choice.hidden_chunk) {
+      const int64_t chunk = kernel.fc2.chunk_channels(h0);
+      const int64_t from = begin > h0 ? begin - h0 : 0, to = end - h0 < chunk ? end - h0 : chunk;
+      for (int64_t p = 0; from < to && p * Gemm::kTokens < tokens; ++p)
+        kernel.first_product(h0, from, to, p, vectors_in<Gemm>(tokens, p), nothing, m);
+    }
+  }
+
+  void second_product(int64_t begin, int64_t end) const {
+    Memory m;
+    if (!own(&m)) return;
+    for (int64_t h0 = 0; h0 < kernel.args.hidden; h0 += kernel.choice.hidden_chunk)
+      for (int64_t p = 0; p * Gemm::kTokens < tokens; ++p)
+        kernel.second_product(h0, begin, end, p, vectors_in<Gemm>(tokens, p), m.pieces + pieces, m);
+    if (kernel.args.moments_out)
+      moments_of_tiles(static_cast<const T*>(kernel.args.out), kernel.tasks.tiles, 0, kernel.tasks.tiles.count(),
+                       kernel.args.channels, begin, end, kernel.partial);
+  }
+
+  static void run_norm(int64_t begin, int64_t end, void* context) {
+    const auto& self = *static_cast<const SplitBlock*>(context);
+    self.kernel.normalise(self.pieces, 2 * begin, 2 * end, self.shared);
+  }
+  static void run_first(int64_t begin, int64_t end, void* context) {
+    const auto& self = *static_cast<const SplitBlock*>(context);
+    const int64_t last = end * Gemm::kRows, hidden = self.kernel.args.hidden;
+    Gemm::begin();
+    self.first_product(begin * Gemm::kRows, last < hidden ? last : hidden);
+    Gemm::end();
+  }
+  static void run_second(int64_t begin, int64_t end, void* context) {
+    const auto& self = *static_cast<const SplitBlock*>(context);
+    const int64_t last = end * Gemm::kRows, channels = self.kernel.args.channels;
+    Gemm::begin();
+    self.second_product(begin * Gemm::kRows, last < channels ? last : channels);
+    Gemm::end();
+  }
+
+  void run() {
+    const cpu::BlockArgs& args = kernel.args;
+    const int64_t bytes = common(nullptr).bytes;
+    void* base = cpu::thread_scratch(bytes, 1);
+    if (!base) {
+      kernel.missing.store(bytes);
+      return;
+    }
+    shared = common(base);
+    pieces = cut_pieces(kernel.tasks.tiles, 0, kernel.tasks.tiles.count(), Gemm::kTokens, shared.pieces, &tokens);
+    clear_padding<Gemm>(shared.z, tokens, args.channels, kernel.depth1);
+    for (int64_t h0 = 0; h0 < args.hidden; h0 += kernel.choice.hidden_chunk)
+      for (int64_t p = 0; p < kernel.panels; ++p)
+        clear_rows<Gemm>(kernel.hidden_panel(h0, p, shared), kernel.fc2.chunk_channels(h0), kernel.fc2.padded_depth(h0));
+    args.pool.run(args.channels / 2, &run_norm, this);
+    args.pool.run((args.hidden + Gemm::kRows - 1) / Gemm::kRows, &run_first, this);
+    if (kernel.missing.load() == 0)
+      args.pool.run((args.channels + Gemm::kRows - 1) / Gemm::kRows, &run_second, this);
+  }
+};
+
+}  // namespace riformer::RIFORMER_ISA
