@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support_bench import TINY, bench_on_path, module, native  # noqa: F401
@@ -67,6 +70,20 @@ def test_runtimes_compute_the_model(name: str) -> None:
     else:
         assert peer.batches == 1
     peer.on(made.x)()
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_prepared_call_keeps_its_images(name: str) -> None:
+    """OpenVINO's latency request did not: the memory was freed under it."""
+    pytest.importorskip(RUNTIMES[name], reason=f"{RUNTIMES[name]} is not installed (the peers extra)")
+    peer = module("peers").build(name, subject(batch=2))
+    memory = np.zeros((2, 3, 64, 64), dtype=np.float32)
+    kept = weakref.ref(memory)
+    call = peer.on(torch.from_numpy(memory))
+    del memory
+    gc.collect()
+    assert kept() is not None
+    call()
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
