@@ -1,0 +1,428 @@
+#include "emulator.h"
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+#include "../common/dtypes.h"
+
+namespace riformer::emulator {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 256 * 1024;
+constexpr int kNamedBarriers = 16;
+constexpr size_t kSharedAlignment = 1024;
+
+// Where threads meet: a warp, a warpgroup.
+struct Meeting {
+  int arrived = 0;
+  int64_t generation = 0;
+  const char* what = nullptr;
+  void* arguments[128] = {};
+};
+
+struct Barrier {
+  int arrived = 0;
+  int expected = 0;
+  int64_t generation = 0;
+};
+
+struct Copy {
+  void* shared;
+  const void* global;
+  bool valid;
+};
+
+struct Block {
+  int64_t index = 0;
+  int rank = 0;
+  std::vector<unsigned char> storage, async_storage;
+  unsigned char* shared = nullptr;
+  unsigned char* async_view = nullptr;
+  std::vector<Meeting> warps, warpgroups;
+  Barrier named[kNamedBarriers];
+};
+
+struct Fibre {
+  Block* block = nullptr;
+  int index = 0;
+  bool started = false, finished = false;
+  const char* waiting_for = nullptr;
+  std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  std::vector<Copy> open;
+  ucontext_t context{};
+  jmp_buf jump{};
+  void* stack = nullptr;
+};
+
+struct Run {
+  Grid grid{};
+  std::string name;
+  const std::function<void()>* kernel = nullptr;
+  std::vector<Block> blocks;
+  std::vector<Fibre> fibres;
+  std::vector<std::function<void()>> deferred;
+  Barrier cluster;
+  int64_t events = 0;
+  std::exception_ptr error;
+  jmp_buf scheduler{};
+};
+
+thread_local Run* running = nullptr;
+thread_local Fibre* current = nullptr;
+thread_local std::mt19937_64 generator(0);
+
+// A fibre is entered by setcontext once, and then by longjmp, which makes no system call.
+void yield() {
+  Fibre* self = current;
+  if (_setjmp(self->jump) == 0) _longjmp(running->scheduler, 1);
+}
+
+void enter() {
+  Fibre* self = current;
+  try {
+    (*running->kernel)();
+  } catch (...) {
+    if (!running->error) running->error = std::current_exception();
+  }
+  self->finished = true;
+  ++running->events;
+  _longjmp(running->scheduler, 1);
+}
+
+void resume(Fibre& fibre) {
+  current = &fibre;
+  if (_setjmp(running->scheduler) == 0) {
+    if (fibre.started) _longjmp(fibre.jump, 1);
+    fibre.started = true;
+    setcontext(&fibre.context);
+  }
+  current = nullptr;
+}
+
+class Stacks {
+ public:
+  ~Stacks() {
+    for (void* stack : stacks_) munmap(stack, kStack);
+  }
+  void* get(size_t index) {
+    while (stacks_.size() <= index) {
+      void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (stack == MAP_FAILED) throw std::runtime_error("emulator: no memory for the stacks");
+      stacks_.push_back(stack);
+    }
+    return stacks_[index];
+  }
+
+ private:
+  std::vector<void*> stacks_;
+};
+thread_local Stacks stacks;
+
+std::string place() {
+  std::ostringstream out;
+  out << running->name;
+  if (current) out << ", block " << current->block->index << ", thread " << current->index;
+  return out.str();
+}
+
+void run_deferred(size_t which) {
+  auto action = std::move(running->deferred[which]);
+  running->deferred.erase(running->deferred.begin() + static_cast<std::ptrdiff_t>(which));
+  action();
+  ++running->events;
+}
+
+std::string stuck() {
+  std::ostringstream out;
+  out << running->name << ": nothing can go on:";
+  int shown = 0;
+  for (const Fibre& fibre : running->fibres)
+    if (!fibre.finished && fibre.index % kWarp == 0 && shown++ < 24)
+      out << " block " << fibre.block->index << " thread " << fibre.index << " waits for "
+          << (fibre.waiting_for ? fibre.waiting_for : "?") << ";";
+  return out.str();
+}
+
+void prepare(Block& block, int64_t index, int rank) {
+  const Grid& grid = running->grid;
+  block.index = index;
+  block.rank = rank;
+  // NaN in every format; the guard behind the end is checked when the block is done.
+  const size_t size = static_cast<size_t>(grid.shared_bytes) + 2 * kSharedAlignment;
+  block.storage.assign(size, 0xff);
+  block.async_storage.assign(size, 0xff);
+  const auto align = [](unsigned char* p) {
+    return p + (kSharedAlignment - reinterpret_cast<uintptr_t>(p) % kSharedAlignment) % kSharedAlignment;
+  };
+  block.shared = align(block.storage.data());
+  block.async_view = align(block.async_storage.data());
+  block.warps.assign(static_cast<size_t>((grid.threads + kWarp - 1) / kWarp), {});
+  block.warpgroups.assign(static_cast<size_t>((grid.threads + 127) / 128), {});
+  for (Barrier& barrier : block.named) barrier = {};
+}
+
+void check_guard(const Block& block) {
+  for (size_t i = 0; i < kSharedAlignment; ++i)
+    if (block.shared[running->grid.shared_bytes + static_cast<int64_t>(i)] != 0xff)
+      throw std::runtime_error("emulator: " + running->name + ": a write behind the end of shared memory");
+}
+
+void run_cluster(int64_t first) {
+  const Grid& grid = running->grid;
+  for (int rank = 0; rank < grid.cluster; ++rank) prepare(running->blocks[static_cast<size_t>(rank)], first + rank, rank);
+  running->cluster = {};
+  const size_t count = running->fibres.size();
+  for (size_t i = 0; i < count; ++i) {
+    Fibre& fibre = running->fibres[i];
+    fibre = Fibre{};
+    fibre.block = &running->blocks[i / static_cast<size_t>(grid.threads)];
+    fibre.index = static_cast<int>(i % static_cast<size_t>(grid.threads));
+    fibre.stack = stacks.get(i);
+    getcontext(&fibre.context);
+    fibre.context.uc_stack.ss_sp = fibre.stack;
+    fibre.context.uc_stack.ss_size = kStack;
+    fibre.context.uc_link = nullptr;
+    makecontext(&fibre.context, enter, 0);
+  }
+  std::vector<size_t> warps;
+  for (size_t i = 0; i < count; i += kWarp) warps.push_back(i);
+  size_t left = count;
+  while (left) {
+    const int64_t before = running->events;
+    std::shuffle(warps.begin(), warps.end(), generator);
+    for (const size_t warp : warps) {
+      // Lanes that share a block are a warp; blocks may be smaller than one.
+      for (size_t i = warp; i < std::min(warp + kWarp, count); ++i) {
+        Fibre& fibre = running->fibres[i];
+        if (fibre.finished) continue;
+        resume(fibre);
+        if (running->error) std::rethrow_exception(running->error);
+        if (fibre.finished) --left;
+      }
+      while (!running->deferred.empty() && coin()) run_deferred(generator() % running->deferred.size());
+    }
+    if (running->events == before && left) {
+      if (running->deferred.empty()) throw std::runtime_error("emulator: " + stuck());
+      run_deferred(generator() % running->deferred.size());
+    }
+  }
+  // A copy or a product that nobody waited for would come after the end of the block.
+  if (!running->deferred.empty())
+    throw std::runtime_error("emulator: " + running->name + ": a block ended with asynchronous work under way");
+  for (const Fibre& fibre : running->fibres)
+    if (!fibre.open.empty()) throw std::runtime_error("emulator: " + running->name + ": a copy was never committed");
+  for (const Block& block : running->blocks) check_guard(block);
+}
+
+int warp_lanes() { return std::min(kWarp, running->grid.threads - current->index / kWarp * kWarp); }
+
+void arrive(Barrier& barrier, int expected, const char* what) {
+  if (barrier.arrived == 0) barrier.expected = expected;
+  if (barrier.expected != expected) fail(std::string(what) + ": threads disagree on how many take part");
+  if (++barrier.arrived == expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    ++running->events;
+    return;
+  }
+  const int64_t generation = barrier.generation;
+  wait_until([&] { return barrier.generation != generation; }, what);
+}
+
+void inside(const void* pointer, int64_t bytes, const char* what) {
+  const int64_t offset = static_cast<const unsigned char*>(pointer) - current->block->shared;
+  if (offset < 0 || offset + bytes > running->grid.shared_bytes) fail(std::string(what) + " outside shared memory");
+  if (offset % bytes) fail(std::string(what) + " of a misaligned address in shared memory");
+}
+
+void perform(const Copy& copy) {
+  if (copy.valid)
+    std::memcpy(copy.shared, copy.global, 16);
+  else
+    std::memset(copy.shared, 0, 16);
+}
+
+float value_of(uint32_t word, int half, bool is_bf16) {
+  const auto bits = static_cast<uint16_t>(half ? word >> 16 : word & 0xffff);
+  return is_bf16 ? widen(bf16{bits}) : widen(f16{bits});
+}
+
+}  // namespace
+
+void fail(const std::string& what) { throw std::runtime_error("emulator: " + place() + ": " + what); }
+
+void set_seed(uint64_t seed) { generator.seed(seed); }
+bool coin() { return generator() & 1; }
+void happened() { ++running->events; }
+void later(std::function<void()> action) { running->deferred.push_back(std::move(action)); }
+
+void run(const Grid& grid, const std::string& name, const std::function<void()>& kernel) {
+  if (running) throw std::runtime_error("emulator: a kernel started from a kernel");
+  if (grid.cluster < 1 || grid.blocks % grid.cluster)
+    throw std::runtime_error("emulator: " + name + ": the blocks are no multiple of the cluster");
+  if (grid.threads < 1 || grid.threads > 1024) throw std::runtime_error("emulator: " + name + ": 1 to 1024 threads");
+  if (grid.shared_bytes > 232448) throw std::runtime_error("emulator: " + name + ": more shared memory than any GPU has");
+  Run state;
+  state.grid = grid;
+  state.name = name;
+  state.kernel = &kernel;
+  state.blocks.resize(static_cast<size_t>(grid.cluster));
+  state.fibres.resize(static_cast<size_t>(grid.cluster) * static_cast<size_t>(grid.threads));
+  running = &state;
+  try {
+    for (int64_t first = 0; first < grid.blocks; first += grid.cluster) run_cluster(first);
+  } catch (...) {
+    running = nullptr;
+    throw;
+  }
+  running = nullptr;
+}
+
+int thread_index() { return current->index; }
+int64_t block_index() { return current->block->index; }
+int64_t block_count() { return running->grid.blocks; }
+unsigned char* shared_memory() { return current->block->shared; }
+int64_t shared_bytes() { return running->grid.shared_bytes; }
+int cluster_size() { return running->grid.cluster; }
+int cluster_rank() { return current->block->rank; }
+unsigned char* shared_memory_of(int rank) { return running->blocks.at(static_cast<size_t>(rank)).shared; }
+unsigned char* async_view_of(int rank) { return running->blocks.at(static_cast<size_t>(rank)).async_view; }
+void publish_to_async_view() {
+  Block& block = *current->block;
+  std::memcpy(block.async_view, block.shared, static_cast<size_t>(running->grid.shared_bytes));
+}
+
+uint32_t shared_address(const void* pointer) {
+  const int64_t offset = static_cast<const unsigned char*>(pointer) - current->block->shared;
+  if (offset < 0 || offset > running->grid.shared_bytes) fail("the address of something outside shared memory");
+  return static_cast<uint32_t>(offset);
+}
+
+void wait_until(const std::function<bool()>& done, const char* what) {
+  current->waiting_for = what;
+  while (!done()) yield();
+  current->waiting_for = nullptr;
+}
+
+void meet(int lanes, const char* what, void* argument, const std::function<void(void**)>& action) {
+  Block& block = *current->block;
+  Meeting& meeting = lanes == kWarp ? block.warps[static_cast<size_t>(current->index / kWarp)]
+                                    : block.warpgroups[static_cast<size_t>(current->index / 128)];
+  const int expected = lanes == kWarp ? warp_lanes() : lanes;
+  if (meeting.arrived == 0) meeting.what = what;
+  if (std::strcmp(meeting.what, what) != 0)
+    fail(std::string("the threads of a warp diverge: ") + meeting.what + " and " + what);
+  meeting.arguments[current->index % lanes] = argument;
+  if (++meeting.arrived == expected) {
+    action(meeting.arguments);
+    meeting.arrived = 0;
+    ++meeting.generation;
+    ++running->events;
+    return;
+  }
+  const int64_t generation = meeting.generation;
+  wait_until([&] { return meeting.generation != generation; }, what);
+}
+
+void sync_block() { arrive(current->block->named[0], running->grid.threads, "sync_block"); }
+void sync_named(int id, int threads) {
+  if (id < 1 || id >= kNamedBarriers) fail("a named barrier has a number from 1 to 15");
+  if (threads % kWarp) fail("a named barrier takes whole warps");
+  arrive(current->block->named[id], threads, "sync_named");
+}
+void sync_cluster() {
+  arrive(running->cluster, running->grid.cluster * running->grid.threads, "sync_cluster");
+}
+void sync_warp() {
+  meet(kWarp, "sync_warp", nullptr, [](void**) {});
+}
+
+float shuffle_xor(float value, int mask) {
+  float mine[2] = {value, 0.f};
+  const int lanes = warp_lanes();
+  if (mask < 0 || mask >= lanes) fail("shuffle_xor reaches beyond the warp");
+  meet(kWarp, "shuffle_xor", mine, [&](void** all) {
+    for (int lane = 0; lane < lanes; ++lane)
+      static_cast<float*>(all[lane])[1] = static_cast<float*>(all[lane ^ mask])[0];
+  });
+  return mine[1];
+}
+
+void copy_async_16(void* shared, const void* global, bool valid) {
+  inside(shared, 16, "copy_async_16");
+  if (valid && reinterpret_cast<uintptr_t>(global) % 16) fail("copy_async_16 of a misaligned address");
+  const Copy copy{shared, global, valid};
+  current->open.push_back(copy);
+  if (coin()) perform(copy);  // as early as can be; and again at the latest moment
+}
+void copy_async_commit() {
+  current->groups.push_back(std::move(current->open));
+  current->open.clear();
+}
+void copy_async_wait(int pending) {
+  auto& groups = current->groups;
+  while (static_cast<int>(groups.size()) > pending) {
+    for (const Copy& copy : groups.front()) perform(copy);
+    groups.erase(groups.begin());
+  }
+}
+
+void load_matrix_x4(uint32_t (&out)[4], const void* row, bool transposed) {
+  inside(row, 16, "load_matrix_x4");
+  struct Lane {
+    const void* row;
+    uint32_t* out;
+  } mine{row, out};
+  meet(kWarp, transposed ? "load_matrix_x4_transposed" : "load_matrix_x4", &mine, [&](void** all) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      uint16_t values[8][8];
+      for (int r = 0; r < 8; ++r) std::memcpy(values[r], static_cast<Lane*>(all[8 * matrix + r])->row, 16);
+      for (int lane = 0; lane < kWarp; ++lane) {
+        const int r = lane / 4, c = 2 * (lane % 4);
+        const uint16_t low = transposed ? values[c][r] : values[r][c];
+        const uint16_t high = transposed ? values[c + 1][r] : values[r][c + 1];
+        static_cast<Lane*>(all[lane])->out[matrix] = low | static_cast<uint32_t>(high) << 16;
+      }
+    }
+  });
+}
+
+void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_bf16) {
+  struct Lane {
+    float* d;
+    const uint32_t *a, *b;
+  } mine{d, a, b};
+  meet(kWarp, "multiply_16x8x16", &mine, [&](void** all) {
+    float left[16][16], right[8][16];
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const Lane& from = *static_cast<Lane*>(all[lane]);
+      for (int half = 0; half < 2; ++half) {
+        const int k = 2 * (lane % 4) + half;
+        for (int i = 0; i < 4; ++i) left[lane / 4 + 8 * (i % 2)][k + 8 * (i / 2)] = value_of(from.a[i], half, is_bf16);
+        for (int i = 0; i < 2; ++i) right[lane / 4][k + 8 * i] = value_of(from.b[i], half, is_bf16);
+      }
+    }
+    for (int lane = 0; lane < kWarp; ++lane) {
+      float* to = static_cast<Lane*>(all[lane])->d;
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+        float sum = 0.f;
+        for (int k = 0; k < 16; ++k) sum += left[row][k] * right[column][k];
+        to[i] += sum;
+      }
+    }
+  });
+}
+
+}  // namespace riformer::emulator
