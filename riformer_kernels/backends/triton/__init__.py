@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from ...errors import BackendError
-from ...ops._library import LIBRARY
+from ...ops import ALL as OPS
+from ...ops._library import LIBRARIES, NAMESPACE, overloads
 from .._backend import Backend
 
-OPS = ("moments", "embed", "block", "block_", "norm", "head")
 MINIMUM_ARCHITECTURE = 80
 
 
@@ -84,7 +84,7 @@ def _registered(name: str) -> Callable[..., Any]:
 
 # A registration is all that happens at import, as with the CPU library: saved programs need no more.
 for _name in OPS:
-    LIBRARY.impl(_name, _registered(_name), "CUDA")
+    LIBRARIES[NAMESPACE].impl(_name, _registered(_name), "CUDA")
 
 BACKEND = Backend(
     name="triton",
@@ -95,5 +95,5 @@ BACKEND = Backend(
     detail=detail,
     refuses=why_not_device,
     compiles=True,
-    **{name: getattr(torch.ops.riformer, name).default for name in OPS},
+    **overloads(NAMESPACE, OPS),
 )
