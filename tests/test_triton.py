@@ -18,7 +18,7 @@ import torch
 
 import riformer_kernels
 from riformer_kernels import BackendError, backends
-from riformer_kernels.backends import triton
+from riformer_kernels.backends import _devices, triton
 
 HERE = Path(__file__).resolve().parent
 INTERPRETED = HERE / "interpreted"
@@ -118,7 +118,6 @@ def test_without_a_gpu_it_says_why():
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
-    triton._capability.cache_clear()
     monkeypatch.setattr(triton, "_no_triton", lambda: None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -126,7 +125,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: capabilities[index])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: f"GPU {index}")
-    monkeypatch.setattr(triton, "_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(_devices, "capability", lambda index: capabilities[index])
 
 
 def test_an_old_architecture_is_refused_by_name(monkeypatch):
@@ -137,7 +136,7 @@ def test_an_old_architecture_is_refused_by_name(monkeypatch):
 
 def test_of_two_gpus_the_old_one_is_refused_and_the_other_served(monkeypatch):
     pretend_gpu(monkeypatch, (9, 0), (7, 0))
-    assert triton.unusable() is None and triton.detail() == "sm_90"
+    assert triton.unusable() is None and triton.BACKEND.detail() == "sm_90"
     assert backends.choose("auto", torch.device("cuda", 0), torch.bfloat16) is triton.BACKEND
     with pytest.raises(BackendError, match=r"cuda:1 .* compute capability 7.0"):
         backends.choose("auto", torch.device("cuda", 1), torch.bfloat16)

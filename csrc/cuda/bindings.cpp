@@ -322,6 +322,8 @@ RIFORMER_EXPORT void riformer_cuda_set_architecture(int architecture) {
 }
 RIFORMER_EXPORT void riformer_cuda_set_seed(uint64_t seed) { riformer::emulator::set_seed(seed); }
 #else
+RIFORMER_EXPORT int riformer_cuda_serves(int architecture) { return riformer::cuda::compiled_for(architecture); }
+
 // Why the driver cannot run this library, or an empty text. No CUDA context is created for it.
 RIFORMER_EXPORT const char* riformer_cuda_driver_error() {
   static thread_local std::string text;

@@ -79,7 +79,7 @@ class Call {
     if (!compiled_for(device_.architecture))
       fail("riformer: the CUDA kernels are compiled for ", RIFORMER_ARCHITECTURES, " and cuda:", x.get_device_index(),
            " has compute capability ", device_.architecture / 10, ".", device_.architecture % 10,
-           "; build with RIFORMER_CUDA_ARCHITECTURES=", device_.architecture, " (80 or later), or use another backend");
+           "; install the package with RIFORMER_CUDA_ARCHITECTURES=", device_.architecture, ", or use another backend");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &device_.stream));
   }
   const Device& device() const { return device_; }
