@@ -53,9 +53,9 @@ Tensor as_tokens(const Tensor& x) {
   return aligned(is_token_layout(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast));
 }
 
-// A result with channels contiguous. Where positions are one, both layouts are: then with the strides that x's has.
+// A result with channels contiguous. Where that is so in both layouts, of one position or of none, with x's strides.
 Tensor new_tokens(const Tensor& x, ScalarType dtype) {
-  const bool channels_last = x.size(2) * x.size(3) != 1 || is_channels_last(x);
+  const bool channels_last = is_channels_last(x) || (x.size(2) * x.size(3) != 1 && x.numel() != 0);
   return empty_tokens(x, dtype, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
