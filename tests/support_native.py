@@ -26,8 +26,9 @@ def tool(name: str) -> str:
     return found
 
 
-def build(folder: str, target: str, *options: str) -> Path:
-    """`target` of CMakeLists.txt, built in `build/<folder>`; the library. Where it is up to date that takes a second."""
+def build(folder: str, target: str, *options: str, refused: str | None = None) -> Path:
+    """`target` of CMakeLists.txt, built in `build/<folder>`; the library. Where it is up to date that takes a second.
+    A compiler that says ``refused`` has failed."""
     path = ROOT / "build" / folder
     path.mkdir(parents=True, exist_ok=True)
     configure = [
@@ -39,5 +40,9 @@ def build(folder: str, target: str, *options: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may want it at once
         for command in (configure, [tool("cmake"), "--build", str(path), "--target", target]):
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
+            said = f"{' '.join(command)}\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
+            assert done.returncode == 0, said
+            if refused and refused in done.stdout:
+                subprocess.run([tool("cmake"), "--build", str(path), "--target", "clean"], env=environment, check=True)
+                pytest.fail(f"the compiler says {refused!r}\n{said}")
     return path / f"lib{target}.so"

@@ -8,13 +8,13 @@ computes with them in `test_gpu.py`.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support_processes import check, started
 
 import riformer_kernels
 from riformer_kernels import BackendError, backends
@@ -40,37 +40,16 @@ def fresh(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
-    """All files at once, one process each: they take minutes, and most machines have more than one core."""
     pytest.importorskip("triton")
-    folder = tmp_path_factory.mktemp("interpreted")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_WAIT_POLICY": "passive"}
-    processes = {}
-    for file in FILES:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-        output = folder / f"{file.stem}.log"
-        with output.open("w") as log:
-            processes[file] = (
-                output,
-                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=HERE.parent, env=environment),
-            )
-    yield processes
-    for _, process in processes.values():
-        process.kill()
-        process.wait()
+    with started(FILES, tmp_path_factory.mktemp("interpreted"), TRITON_INTERPRET="1") as processes:
+        yield processes
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_interpreted(running, file):
-    output, process = running[file]
-    status = process.wait()
-    text = output.read_text()
-    tail = "\n".join(text.splitlines()[-80:])
-    if status and os.environ.get("RIFORMER_CPU") == "off" and "RIFORMER_CPU=off" in text:
-        pytest.skip("RIFORMER_CPU=off: the checks are those of the native kernels' tests")
-    assert status == 0, tail
-    assert re.search(r"\d+ passed", tail) and "failed" not in tail, tail
+    check(*running[file])
 
 
 def test_interpreted_files_are_found():

@@ -44,7 +44,7 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
         return _library().riformer_cuda_driver_error().decode() or None
     except OSError as error:
-        return f"{LIBRARY.name} does not load: {error}"
+        return f"{LIBRARY.name} does not load: {error.__cause__ or error}"
 
 
 @cache
