@@ -120,6 +120,7 @@ RIFORMER_DEVICE void product(const BlockKernelArgs& args, const ProductTile<Shap
     const TileReader<Shape::kDepthPieces, LaneOfB> right(stage + Shape::kRowBytes, lane);
     RIFORMER_UNROLL
     for (int step = 0; step < Shape::kDepth; step += 16) {
+      if (step && k + step >= depth) break;  // not even zeros are added where the fused kernel adds none
       uint32_t a[Shape::kRowTiles][4];
       RIFORMER_UNROLL
       for (int r = 0; r < Shape::kRowTiles; ++r) left.load(a[r], tile.warp_row + 16 * r, step);
