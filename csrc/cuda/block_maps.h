@@ -49,7 +49,7 @@ RIFORMER_DEVICE float constant_at(const PrepareArgs& args, int64_t index) {
 // The maps: a block per image, each thread every 256th channel; behind the images come the blocks that write the
 // constants. Shared memory: the 64 floats of BlockTeam. It reads 8 bytes and writes 20 per image and channel, a seventh
 // of what the block's own 16-bit tokens move at 7 x 7 and a 450th at 56 x 56, so its latency matters and not its bytes.
-// What a pass needs of an earlier one, its own thread reads back from `maps`, so that the sums' barriers are the only ones.
+// What a pass needs of an earlier one, its own thread reads back from `maps`: the only barriers are those of the sums.
 template <bool PerPosition>
 RIFORMER_KERNEL(kMapThreads, 2) prepare_kernel(RIFORMER_GRID_CONSTANT PrepareArgs args) {
   const int64_t image = block_index();
@@ -124,8 +124,8 @@ struct PositionArgs {
 constexpr int kPositionThreads = 256;
 
 // LayerNorm's statistics: of each row of x, and of y = x + u (x - mean) rstd + w. A row lies between 8 or 32 lanes, in
-// registers but for the widest; no shared memory. x is read once; u and w come from the nearest cache, 4 times the bytes
-// of 16-bit values, which at 4.3 TB/s of x would be 80 of the 128 bytes per cycle that it gives.
+// registers but for the widest; no shared memory. x is read once; u and w come from the nearest cache, 4 times x's
+// bytes with 16-bit values, which at 4.3 TB/s of x would be 80 of the 128 bytes per cycle that it gives.
 template <class T, int Lanes, int Held>
 RIFORMER_KERNEL(kPositionThreads, 2) position_kernel(RIFORMER_GRID_CONSTANT PositionArgs args) {
   const int64_t row = block_index() * (kPositionThreads / Lanes) + thread_index() / Lanes;

@@ -66,8 +66,8 @@ struct ImageStatistics {
 };
 
 // From the moments mean(c) and centred(c) of the channels. Sums run over differences from `first`, a value among the
-// means, so that nothing cancels where the mean is much larger than the deviation. The variance is one number per image:
-// in float64 its four roundings become one.
+// means, so that nothing cancels where the mean is much larger than the deviation. The variance is one number per
+// image: in float64 its four roundings become one.
 template <class Team, class Mean, class Centred>
 RIFORMER_DEVICE ImageStatistics image_statistics(Team& team, const Mean& mean, const Centred& centred, float first,
                                                  int channels, int64_t positions, float eps) {
