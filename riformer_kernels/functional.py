@@ -48,7 +48,7 @@ def norm_mlp(
         moments: [B, 2, C] float32 of ``x``, as an earlier call returned them (norm="group" only). Saves the pass that
             computes them. They must be those of ``x``; this cannot be checked.
         return_moments: also return the moments of the result (norm="group" only), for the next unit.
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "triton", "cuda" or "reference".
 
     The parameters may be in any of the three dtypes, whatever ``x`` is in; arithmetic is float32 or better.
 

@@ -208,7 +208,8 @@ def patch(
 
     Args:
         model: a RIFormer (ours, mmpretrain's, or one of the same structure), or a module that contains one or more.
-        backend: "auto" for the native kernels of the model's device, or a backend's name ("reference": plain PyTorch).
+        backend: "auto" for the native kernels of the model's device, or a backend's name: "cpu", "triton", "cuda" (CUDA
+            C++, where "auto" prefers Triton), or "reference" (plain PyTorch).
         compute_dtype: dtype of the tokens inside, such as ``torch.bfloat16`` for a float32 model; inputs and results
             stay in the parameters' dtype. Default: the parameters' dtype.
         strict: raise unless every part of the backbone is fused. The neck and head around an mmpretrain backbone are
@@ -217,7 +218,7 @@ def patch(
         verify: compare one seeded batch with float64 and eager PyTorch by the error-ratio rule, see ``verification``.
             With False the backbone's own ``forward`` is trusted to be RIFormer's (its parts are still probed).
         image_size: side of the images, or (height, width), in pixels: a backend that compiles its kernels at first use
-            (the GPU's) does so now, for this size, with a line on stderr. Other sizes work, and may compile when they
+            (Triton's) does so now, for this size, with a line on stderr. Other sizes work, and may compile when they
             come. No other backend looks at it.
 
     Returns:

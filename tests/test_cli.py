@@ -172,7 +172,11 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["reference"]["usable"] and not rows["reference"]["chosen_by_auto"]
     assert rows["cpu"]["usable"] == (backends.cpu.unusable() is None) != bool(rows["cpu"]["why_not"])
     assert rows["cpu"]["instruction_sets"]["chosen"] == backends.cpu.isa_status()["chosen"]
-    assert [v["name"] for v in found["environment"]] == ["RIFORMER_CPU_ISA", "RIFORMER_CPU"]
+    assert rows["cuda"]["built"] == (backends.cuda.not_built() is None)
+    assert rows["cuda"]["architectures"] == backends.cuda.architectures()
+    names = ["RIFORMER_CPU_ISA", "RIFORMER_CPU", "RIFORMER_CUDA", "RIFORMER_CUDA_ARCHITECTURES"]
+    assert [v["name"] for v in found["environment"]] == names
+    assert [v["name"] for v in found["environment"] if "run time" in v["read"]] == names[:1]
 
 
 def test_info_shows_why_not_and_the_variables(

@@ -8,17 +8,17 @@ computes with them in `test_gpu.py`.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support_processes import check, started
 
 import riformer_kernels
 from riformer_kernels import BackendError, backends
-from riformer_kernels.backends import triton
+from riformer_kernels.backends import _devices, triton
 
 HERE = Path(__file__).resolve().parent
 INTERPRETED = HERE / "interpreted"
@@ -40,37 +40,16 @@ def fresh(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
-    """All files at once, one process each: they take minutes, and most machines have more than one core."""
     pytest.importorskip("triton")
-    folder = tmp_path_factory.mktemp("interpreted")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_WAIT_POLICY": "passive"}
-    processes = {}
-    for file in FILES:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-        output = folder / f"{file.stem}.log"
-        with output.open("w") as log:
-            processes[file] = (
-                output,
-                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=HERE.parent, env=environment),
-            )
-    yield processes
-    for _, process in processes.values():
-        process.kill()
-        process.wait()
+    with started(FILES, tmp_path_factory.mktemp("interpreted"), TRITON_INTERPRET="1") as processes:
+        yield processes
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_interpreted(running, file):
-    output, process = running[file]
-    status = process.wait()
-    text = output.read_text()
-    tail = "\n".join(text.splitlines()[-80:])
-    if status and os.environ.get("RIFORMER_CPU") == "off" and "RIFORMER_CPU=off" in text:
-        pytest.skip("RIFORMER_CPU=off: the checks are those of the native kernels' tests")
-    assert status == 0, tail
-    assert re.search(r"\d+ passed", tail) and "failed" not in tail, tail
+    check(*running[file])
 
 
 def test_interpreted_files_are_found():
@@ -118,7 +97,6 @@ def test_without_a_gpu_it_says_why():
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
-    triton._capability.cache_clear()
     monkeypatch.setattr(triton, "_no_triton", lambda: None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -126,7 +104,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: capabilities[index])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: f"GPU {index}")
-    monkeypatch.setattr(triton, "_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(_devices, "capability", lambda index: capabilities[index])
 
 
 def test_an_old_architecture_is_refused_by_name(monkeypatch):
@@ -137,7 +115,7 @@ def test_an_old_architecture_is_refused_by_name(monkeypatch):
 
 def test_of_two_gpus_the_old_one_is_refused_and_the_other_served(monkeypatch):
     pretend_gpu(monkeypatch, (9, 0), (7, 0))
-    assert triton.unusable() is None and triton.detail() == "sm_90"
+    assert triton.unusable() is None and triton.BACKEND.detail() == "sm_90"
     assert backends.choose("auto", torch.device("cuda", 0), torch.bfloat16) is triton.BACKEND
     with pytest.raises(BackendError, match=r"cuda:1 .* compute capability 7.0"):
         backends.choose("auto", torch.device("cuda", 1), torch.bfloat16)

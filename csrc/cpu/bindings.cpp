@@ -1,54 +1,17 @@
-// The only file that knows torch: checks the arguments of the ops, lays out tensors, and calls the chosen kernels.
-// Built on the LibTorch stable ABI, so that one library serves every torch from 2.10 on.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <optional>
-#include <sstream>
-#include <stdexcept>
+// The only file of the CPU library that knows torch: checks the arguments of the ops, lays out tensors, and calls the
+// chosen kernels. Built on the LibTorch stable ABI, so that one library serves every torch from 2.10 on.
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "../common/arguments.h"
 #include "dispatch.h"
 
 namespace {
 
-using riformer::DType;
+using namespace riformer;
 using riformer::cpu::Kernels;
 using riformer::cpu::Parameter;
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::runtime_error(text.str());
-}
-
-std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << "]";
-  return text.str();
-}
-
-DType dtype_of(ScalarType dtype, const char* name) {
-  switch (dtype) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default:
-      fail("riformer: ", name, " has dtype ", torch::headeronly::toString(dtype),
-           ", expected Float, BFloat16 or Half; convert it first");
-  }
-}
 
 const Kernels& kernels() {
   const Kernels* chosen = riformer::cpu::kernels();
@@ -73,17 +36,11 @@ struct Parameters {
 
   Parameter vector(const OptionalTensor& tensor, int64_t count, const char* name) {
     if (!tensor.has_value()) return {};
-    if (tensor->numel() != count)
-      fail("riformer: ", name, " has ", tensor->numel(), " elements, expected ", count);
+    check_vector(*tensor, count, name);
     return hold(*tensor, name);
   }
-  // [rows, columns] or [rows, columns, 1, 1], both row-major.
   Parameter matrix(const Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
-    bool matches = (tensor.dim() == 2 || tensor.dim() == 4) && tensor.size(0) == rows && tensor.size(1) == columns;
-    for (int64_t i = 2; matches && i < tensor.dim(); ++i) matches = tensor.size(i) == 1;
-    if (!matches) fail("riformer: ", name, " has shape ", shape_of(tensor), ", expected [", rows, ", ", columns, "] or that with two ones");
-    if (tensor.stride(1) == 1 && tensor.stride(0) == columns) return keep(tensor, name);  // channels_last counts too
-    return hold(tensor, name);
+    return check_matrix(tensor, rows, columns, name) ? keep(tensor, name) : hold(tensor, name);
   }
   Parameter hold(const Tensor& tensor, const char* name) {
     return keep(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor), name);
@@ -95,39 +52,16 @@ struct Parameters {
   }
 };
 
-void check_tokens(const Tensor& x, const char* op) {
-  if (x.dim() != 4) fail("riformer::", op, ": x has shape ", shape_of(x), ", expected [B, C, H, W]");
-}
-
-// A layout as PyTorch sees it: a tensor that is contiguous in both senses counts as contiguous.
-bool is_channels_last(const Tensor& x) {
-  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
-  if (x.is_contiguous()) return false;
-  return (c == 1 || x.stride(1) == 1) && (w == 1 || x.stride(3) == c) && (h == 1 || x.stride(2) == w * c) &&
-         (x.size(0) == 1 || x.stride(0) == h * w * c);
-}
-
-Tensor like(const Tensor& x, ScalarType dtype) {
-  return torch::stable::empty({x.size(0), x.size(1), x.size(2), x.size(3)}, dtype, std::nullopt, x.device(), std::nullopt,
-                              MemoryFormat::Contiguous);
-}
+Tensor like(const Tensor& x, ScalarType dtype) { return empty_tokens(x, dtype, MemoryFormat::Contiguous); }
 
 Tensor in_layout_of(const Tensor& x, const Tensor& result) {
   return is_channels_last(x) ? torch::stable::contiguous(result, MemoryFormat::ChannelsLast) : result;
 }
 
-Tensor new_moments(const Tensor& x, int64_t channels) {
-  return torch::stable::empty({x.size(0), 2, channels}, ScalarType::Float, std::nullopt, x.device());
-}
-
 // Float32 [B, 2, C], contiguous; null with per_position.
 const float* moments_data(const OptionalTensor& moments, const Tensor& x, bool per_position, Tensor& held) {
   if (per_position) return nullptr;
-  if (!moments.has_value()) fail("riformer: moments are missing; GroupNorm takes its statistics from them");
-  if (moments->dim() != 3 || moments->size(0) != x.size(0) || moments->size(1) != 2 || moments->size(2) != x.size(1))
-    fail("riformer: moments have shape ", shape_of(*moments), ", expected [", x.size(0), ", 2, ", x.size(1), "]");
-  if (moments->scalar_type() != ScalarType::Float)
-    fail("riformer: moments have dtype ", torch::headeronly::toString(moments->scalar_type()), ", expected Float");
+  check_moments(moments, x);
   held = moments->is_contiguous() ? *moments : torch::stable::contiguous(*moments);
   return static_cast<const float*>(held.const_data_ptr());
 }
@@ -139,9 +73,7 @@ Tensor moments(const Tensor& x) {
   riformer::cpu::MomentsArgs args{};
   args.x = tokens.const_data_ptr();
   args.dtype = dtype_of(x.scalar_type(), "x");
-  args.batch = x.size(0);
-  args.channels = x.size(1);
-  args.positions = x.size(2) * x.size(3);
+  describe_tokens(args, x);
   args.moments_out = static_cast<float*>(out.mutable_data_ptr());
   args.pool = pool();
   if (args.batch * args.channels > 0) {
@@ -153,30 +85,8 @@ Tensor moments(const Tensor& x) {
 
 std::tuple<Tensor, Tensor> embed(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t stride,
                                  int64_t padding, ScalarType dtype, bool moments) {
-  check_tokens(x, "embed");
-  if (weight.dim() != 4 || weight.size(1) != x.size(1))
-    fail("riformer::embed: weight has shape ", shape_of(weight), " for images of shape ", shape_of(x),
-         "; expected [channels, ", x.size(1), ", kernel height, kernel width]");
-  if (weight.size(1) * weight.size(2) * weight.size(3) == 0)
-    fail("riformer::embed: weight has shape ", shape_of(weight), ": there is nothing to sum");
-  if (stride < 1 || padding < 0) fail("riformer::embed: stride ", stride, " and padding ", padding, ", expected >= 1 and >= 0");
   riformer::cpu::EmbedArgs args{};
-  args.batch = x.size(0);
-  args.in_channels = x.size(1);
-  args.height = x.size(2);
-  args.width = x.size(3);
-  args.channels = weight.size(0);
-  args.kernel_height = weight.size(2);
-  args.kernel_width = weight.size(3);
-  args.stride = stride;
-  args.padding = padding;
-  const int64_t spare_height = args.height + 2 * padding - args.kernel_height;
-  const int64_t spare_width = args.width + 2 * padding - args.kernel_width;
-  if (spare_height < 0 || spare_width < 0)
-    fail("riformer::embed: images of ", args.height, "x", args.width, " are smaller than the ", args.kernel_height, "x",
-         args.kernel_width, " kernel with padding ", padding);
-  args.out_height = spare_height / stride + 1;
-  args.out_width = spare_width / stride + 1;
+  describe_embed(args, x, weight, stride, padding);
   args.dtype = dtype_of(dtype, "the result");
   args.x_dtype = dtype_of(x.scalar_type(), "x");
   Tensor out = torch::stable::empty({args.batch, args.channels, args.out_height, args.out_width}, dtype, std::nullopt,
@@ -189,10 +99,6 @@ std::tuple<Tensor, Tensor> embed(const Tensor& x, const Tensor& weight, const Op
   args.weight = args.weight_channels_last ? parameters.keep(weight, "weight") : parameters.hold(weight, "weight");
   args.bias = parameters.vector(bias, args.channels, "bias");
   args.x = x.const_data_ptr();
-  args.stride_batch = x.stride(0);
-  args.stride_channel = x.stride(1);
-  args.stride_row = x.stride(2);
-  args.stride_column = x.stride(3);
   args.out = out.mutable_data_ptr();
   args.moments_out = moments ? static_cast<float*>(out_moments.mutable_data_ptr()) : nullptr;
   args.pool = pool();
@@ -200,64 +106,11 @@ std::tuple<Tensor, Tensor> embed(const Tensor& x, const Tensor& weight, const Op
   return {out, out_moments};
 }
 
-// Everything of a block but its tokens: checked against `x`.
-riformer::cpu::BlockArgs block_args(Parameters& parameters, const Tensor& x, const OptionalTensor& layer_scale_1,
-                                    const OptionalTensor& norm1_weight, const OptionalTensor& norm1_bias,
-                                    const OptionalTensor& affine_weight, const OptionalTensor& affine_bias, double eps1,
-                                    const Tensor& norm2_weight, const Tensor& norm2_bias, double eps2,
-                                    const Tensor& fc1_weight, const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
-                                    const OptionalTensor& fc2_bias, const OptionalTensor& layer_scale_2,
-                                    bool per_position, bool residual) {
-  check_tokens(x, "block");
-  riformer::cpu::BlockArgs args{};
-  args.dtype = dtype_of(x.scalar_type(), "x");
-  args.batch = x.size(0);
-  args.channels = x.size(1);
-  args.positions = x.size(2) * x.size(3);
-  args.hidden = fc1_weight.dim() > 0 ? fc1_weight.size(0) : 0;
-  const int64_t channels = args.channels;
-  if (args.batch > 0 && args.positions == 0)
-    fail("riformer::block: x has shape ", shape_of(x), ": moments of no positions do not exist");
-  if (channels % 8 || args.hidden % 8 || channels == 0 || args.hidden == 0)
-    fail("riformer::block: ", channels, " channels and ", args.hidden,
-         " hidden channels, expected multiples of 8; use backend='reference' for other widths");
-  if (norm1_weight.has_value() != layer_scale_1.has_value() || norm1_weight.has_value() != norm1_bias.has_value())
-    fail("riformer::block: layer_scale_1, norm1_weight and norm1_bias go together: give all three or none");
-  if (affine_weight.has_value() && !norm1_weight.has_value())
-    fail("riformer::block: affine_weight needs norm1_weight, into which it is folded");
-  if (affine_bias.has_value() && !affine_weight.has_value())
-    fail("riformer::block: affine_bias needs affine_weight");
-  args.layer_scale_1 = parameters.vector(layer_scale_1, channels, "layer_scale_1");
-  args.norm1_weight = parameters.vector(norm1_weight, channels, "norm1_weight");
-  args.norm1_bias = parameters.vector(norm1_bias, channels, "norm1_bias");
-  args.affine_weight = parameters.vector(affine_weight, channels, "affine_weight");
-  args.affine_bias = parameters.vector(affine_bias, channels, "affine_bias");
-  args.eps1 = eps1;
-  args.norm2_weight = parameters.vector(norm2_weight, channels, "norm2_weight");
-  args.norm2_bias = parameters.vector(norm2_bias, channels, "norm2_bias");
-  args.eps2 = eps2;
-  args.fc1_weight = parameters.matrix(fc1_weight, args.hidden, channels, "fc1_weight");
-  args.fc1_bias = parameters.vector(fc1_bias, args.hidden, "fc1_bias");
-  args.fc2_weight = parameters.matrix(fc2_weight, channels, args.hidden, "fc2_weight");
-  args.fc2_bias = parameters.vector(fc2_bias, channels, "fc2_bias");
-  args.layer_scale_2 = parameters.vector(layer_scale_2, channels, "layer_scale_2");
-  args.per_position = per_position;
-  args.residual = residual;
-  args.pool = pool();
-  return args;
-}
-
-std::tuple<Tensor, Tensor> block(const Tensor& x, const OptionalTensor& moments, const OptionalTensor& layer_scale_1,
-                                 const OptionalTensor& norm1_weight, const OptionalTensor& norm1_bias,
-                                 const OptionalTensor& affine_weight, const OptionalTensor& affine_bias, double eps1,
-                                 const Tensor& norm2_weight, const Tensor& norm2_bias, double eps2,
-                                 const Tensor& fc1_weight, const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
-                                 const OptionalTensor& fc2_bias, const OptionalTensor& layer_scale_2, bool per_position,
-                                 bool residual) {
+std::tuple<Tensor, Tensor> block(const Tensor& x, const OptionalTensor& moments, RIFORMER_BLOCK_PARAMETERS) {
   Parameters parameters;
-  riformer::cpu::BlockArgs args =
-      block_args(parameters, x, layer_scale_1, norm1_weight, norm1_bias, affine_weight, affine_bias, eps1, norm2_weight,
-                 norm2_bias, eps2, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale_2, per_position, residual);
+  riformer::cpu::BlockArgs args{};
+  describe_block(args, parameters, x, RIFORMER_BLOCK_ARGUMENTS);
+  args.pool = pool();
   Tensor held;
   args.moments = moments_data(moments, x, per_position, held);
   Tensor out = like(x, x.scalar_type());
@@ -272,16 +125,11 @@ std::tuple<Tensor, Tensor> block(const Tensor& x, const OptionalTensor& moments,
   return {in_layout_of(x, out), out_moments};
 }
 
-void block_in_place(Tensor x, OptionalTensor moments, const OptionalTensor& layer_scale_1,
-                    const OptionalTensor& norm1_weight, const OptionalTensor& norm1_bias,
-                    const OptionalTensor& affine_weight, const OptionalTensor& affine_bias, double eps1,
-                    const Tensor& norm2_weight, const Tensor& norm2_bias, double eps2, const Tensor& fc1_weight,
-                    const OptionalTensor& fc1_bias, const Tensor& fc2_weight, const OptionalTensor& fc2_bias,
-                    const OptionalTensor& layer_scale_2, bool per_position, bool residual) {
+void block_in_place(Tensor x, OptionalTensor moments, RIFORMER_BLOCK_PARAMETERS) {
   Parameters parameters;
-  riformer::cpu::BlockArgs args =
-      block_args(parameters, x, layer_scale_1, norm1_weight, norm1_bias, affine_weight, affine_bias, eps1, norm2_weight,
-                 norm2_bias, eps2, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale_2, per_position, residual);
+  riformer::cpu::BlockArgs args{};
+  describe_block(args, parameters, x, RIFORMER_BLOCK_ARGUMENTS);
+  args.pool = pool();
   Tensor held;
   args.moments = moments_data(moments, x, per_position, held);
   if (args.batch * args.positions == 0) return;
@@ -303,9 +151,7 @@ Tensor norm(const Tensor& x, const OptionalTensor& moments, const Tensor& weight
   riformer::cpu::NormArgs args{};
   args.x_dtype = dtype_of(x.scalar_type(), "x");
   args.dtype = dtype_of(dtype, "the result");
-  args.batch = x.size(0);
-  args.channels = x.size(1);
-  args.positions = x.size(2) * x.size(3);
+  describe_tokens(args, x);
   args.moments = moments_data(moments, x, per_position, held);
   args.weight = parameters.vector(weight, args.channels, "weight");
   args.bias = parameters.vector(bias, args.channels, "bias");
@@ -330,9 +176,7 @@ Tensor head(const Tensor& x, const OptionalTensor& moments, const Tensor& norm_w
   riformer::cpu::HeadArgs args{};
   args.x_dtype = dtype_of(x.scalar_type(), "x");
   args.dtype = dtype_of(dtype, "the result");
-  args.batch = x.size(0);
-  args.channels = x.size(1);
-  args.positions = x.size(2) * x.size(3);
+  describe_tokens(args, x);
   args.classes = fc_weight.dim() > 0 ? fc_weight.size(0) : 0;
   args.moments = moments_data(moments, x, per_position, held);
   args.norm_weight = parameters.vector(norm_weight, args.channels, "norm_weight");

@@ -8,18 +8,21 @@ from __future__ import annotations
 import torch
 
 from ..errors import BackendError
-from . import cpu, reference, triton
+from . import cpu, cuda, reference, triton
 from ._backend import Backend
 
-ALL: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, triton.BACKEND, reference.BACKEND)}
+# In the order in which "auto" asks them.
+ALL: dict[str, Backend] = {
+    backend.name: backend for backend in (cpu.BACKEND, triton.BACKEND, cuda.BACKEND, reference.BACKEND)
+}
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend for tokens of ``dtype`` on ``device``.
 
     Args:
-        name: "auto" (the native backend of the device) or a backend's name. "reference" is plain PyTorch, any device,
-            never chosen by "auto".
+        name: "auto" (the first of "cpu", "triton" and "cuda" that is usable and serves the device) or a backend's
+            name. "reference" is plain PyTorch, any device, never chosen by "auto".
 
     Raises:
         BackendError: unknown name, or no usable backend serves this device and dtype; the message says why not.

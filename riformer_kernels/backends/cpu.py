@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from .. import ops  # noqa: F401  (the schemas must exist before the library adds its kernels)
+from .. import ops  # the schemas must exist before the library adds its kernels
 from ..errors import BackendError
+from ..ops._library import NAMESPACE, overloads
 from ._backend import Backend
 
 LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "libriformer_cpu.so"
@@ -90,10 +91,5 @@ BACKEND = Backend(
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     unusable=unusable,
     detail=detail,
-    moments=torch.ops.riformer.moments.default,
-    embed=torch.ops.riformer.embed.default,
-    block=torch.ops.riformer.block.default,
-    block_=torch.ops.riformer.block_.default,
-    norm=torch.ops.riformer.norm.default,
-    head=torch.ops.riformer.head.default,
+    **overloads(NAMESPACE, ops.ALL),
 )

@@ -35,6 +35,16 @@ _VARIABLES = (
         "instruction set of the native CPU kernels; unset: the best that the machine has",
     ),
     ("RIFORMER_CPU", "when the package is built", "off: install without the native CPU kernels"),
+    (
+        "RIFORMER_CUDA",
+        "when the package is built",
+        "off, on or auto: the CUDA kernels; auto: where nvcc and a CUDA build of PyTorch are there",
+    ),
+    (
+        "RIFORMER_CUDA_ARCHITECTURES",
+        "when the package is built",
+        "compute capabilities to compile the CUDA kernels for; unset: 80;90a",
+    ),
 )
 
 
@@ -124,13 +134,14 @@ def _cpuinfo() -> list[str]:
 def _backends(status: dict[str, Any]) -> list[dict[str, Any]]:
     from riformer_kernels import backends
 
+    # Of the others there is nothing to build before they are used.
+    built = {"cpu": bool(status["compiled"]), "cuda": backends.cuda.not_built() is None}
     rows = []
     for backend in backends.ALL.values():
         reason = backend.unusable()
         row = {
             "name": backend.name,
-            # The reference is Python: there is nothing to build.
-            "built": bool(status["compiled"]) if backend.name == "cpu" else True,
+            "built": built[backend.name] if backend.name in built else True,
             "usable": reason is None,
             "why_not": reason,
             "chosen_by_auto": backend.automatic,
@@ -140,6 +151,8 @@ def _backends(status: dict[str, Any]) -> list[dict[str, Any]]:
         }
         if backend.name == "cpu":
             row["instruction_sets"] = {key: status[key] for key in ("chosen", "supported", "compiled")}
+        if backend.name == "cuda":
+            row["architectures"] = backends.cuda.architectures()
         rows.append(row)
     return rows
 
@@ -171,6 +184,8 @@ def _print(found: dict[str, Any]) -> None:
         sets = backend.get("instruction_sets")
         if sets and sets["compiled"]:
             words.append(f"runs here: {', '.join(sets['supported'])}; built: {', '.join(sets['compiled'])}")
+        if backend.get("architectures"):
+            words.append(f"compiled for {', '.join(backend['architectures'])}")
         rows.append(
             (
                 backend["name"],

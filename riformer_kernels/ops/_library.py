@@ -1,21 +1,23 @@
 """How an op is registered: schema, fake, plain-PyTorch reference, gradient.
 
-The schemas live in Python so that they exist without a compiler; a native library adds its kernels for its own
-dispatch key (``CPU``, ``CUDA``). An op without a native kernel on a device fails there with PyTorch's own
-"not implemented for this backend" error: the reference is never a silent substitute. Whoever wants the reference asks
-for it by name (``backend="reference"``).
+An op is defined once and registered in several namespaces, as one dispatch key of one namespace has room for one kernel:
+``riformer`` has the CPU's and Triton's, ``riformer_cuda`` those in CUDA C++. The schemas live in Python so that they
+exist without a compiler; a native library adds its kernels for its own dispatch key. An op without a native kernel on
+a device fails there with PyTorch's own "not implemented for this backend" error: the reference is never a silent
+substitute. Whoever wants the reference asks for it by name (``backend="reference"``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 NAMESPACE = "riformer"
-LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+CUDA_NAMESPACE = "riformer_cuda"
+LIBRARIES: dict[str, torch.library.Library] = {}
 
 
 @dataclass(frozen=True)
@@ -23,40 +25,73 @@ class Op:
     """One op of the engine.
 
     Attributes:
-        name: name in the ``torch.ops.riformer`` namespace.
+        name: name in its namespaces, such as ``torch.ops.riformer``.
         schema: arguments and returns, as ``torch.library`` writes them.
         reference: plain PyTorch; differentiable, any device, any floating dtype including float64.
         fake: shapes, dtypes and strides of the outputs.
+        in_place: whether it writes over its first two arguments; such an op has no gradient.
     """
 
     name: str
     schema: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
-
-    @property
-    def overload(self) -> Any:
-        """The callable ``torch.ops.riformer.<name>.default``."""
-        return getattr(getattr(torch.ops, NAMESPACE), self.name).default
+    in_place: bool = False
 
 
-def register(
-    name: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], differentiable: bool = True
-) -> Op:
-    """Define ``riformer::name`` and register its fake and its gradient.
+def register(namespace: str, ops: Iterable[Op]) -> torch.library.Library:
+    """Define ``ops`` in ``namespace``, each with its fake and its gradient; the library, for kernels to be added to.
 
     The gradient recomputes the op through ``reference`` and differentiates that: no activation is kept, and a
     result never silently loses the gradients that were due.
     """
-    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    qualified = f"{NAMESPACE}::{name}"
-    torch.library.register_fake(qualified, fake, lib=LIBRARY)
-    if differentiable:
-        _register_recomputed_gradient(qualified, reference)
-    return Op(name, schema, reference, fake)
+    library = LIBRARIES[namespace] = torch.library.Library(namespace, "DEF")
+    for op in ops:
+        qualified = f"{namespace}::{op.name}"
+        library.define(f"{op.name}{op.schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(qualified, op.fake, lib=library)
+        if op.in_place:
+            _register_in_place(qualified, library)
+        else:
+            _register_recomputed_gradient(qualified, op.reference, library)
+    return library
 
 
-def _register_recomputed_gradient(qualified: str, reference: Callable[..., Any]) -> None:
+def overloads(namespace: str, names: Iterable[str]) -> dict[str, Any]:
+    """The callables ``torch.ops.<namespace>.<name>.default``, by name."""
+    return {name: getattr(getattr(torch.ops, namespace), name).default for name in names}
+
+
+def _register_in_place(qualified: str, library: torch.library.Library) -> None:
+    namespace, name = qualified.split("::")
+    overload = overloads(namespace, [name])[name]
+
+    def autograd(keys: torch.DispatchKeySet, *arguments: torch.Tensor | float | bool | None) -> None:
+        """It overwrites what a gradient would need. Where gradients are due that is an error, not a result without
+        them."""
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
+            raise RuntimeError(
+                f"{qualified} has no gradient, and an argument requires one; call {qualified.rstrip('_')}, or this one "
+                "under torch.inference_mode() or torch.no_grad()"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            overload.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+    def version(keys: torch.DispatchKeySet, *arguments: torch.Tensor | float | bool | None) -> None:
+        """Count the write, so that a backward that has saved ``x`` or ``moments`` notices."""
+        for written in arguments[:2]:
+            if written is not None:
+                torch.autograd.graph.increment_version(written)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *arguments)
+
+    library.impl(name, autograd, "Autograd", with_keyset=True)
+    library.impl(name, version, "ADInplaceOrView", with_keyset=True)
+
+
+def _register_recomputed_gradient(
+    qualified: str, reference: Callable[..., Any], library: torch.library.Library
+) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
         ctx.others = [None if isinstance(value, torch.Tensor) else value for value in inputs]
@@ -83,7 +118,7 @@ def _register_recomputed_gradient(qualified: str, reference: Callable[..., Any])
             gradients[index] = gradient
         return tuple(gradients)
 
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=library)
 
 
 def _filled(grad: torch.Tensor | None, output: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import algebra
-from ._library import LIBRARY, NAMESPACE, memory_format_of, register, working_dtype
+from ._library import Op, memory_format_of, working_dtype
 
 _PARAMETERS = (
     "Tensor? layer_scale_1, Tensor? norm1_weight, Tensor? norm1_bias, Tensor? affine_weight, Tensor? affine_bias,"
@@ -96,7 +96,7 @@ def fake(
     return out, x.new_empty((x.shape[0], 2, 0 if per_position else x.shape[1]), dtype=working_dtype(x.dtype))
 
 
-OP = register("block", SCHEMA, reference=reference, fake=fake)
+OP = Op("block", SCHEMA, reference=reference, fake=fake)
 
 
 def reference_in_place(
@@ -115,29 +115,4 @@ def fake_in_place(
     return None
 
 
-LIBRARY.define(f"block_{IN_PLACE_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
-torch.library.register_fake(f"{NAMESPACE}::block_", fake_in_place, lib=LIBRARY)
-
-
-def _in_place_autograd(keys: torch.DispatchKeySet, *arguments: torch.Tensor | float | bool | None) -> None:
-    """It overwrites what a gradient would need. Where gradients are due that is an error, not a result without them."""
-    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
-        raise RuntimeError(
-            "riformer::block_ has no gradient, and an argument requires one; call riformer::block, or this one under "
-            "torch.inference_mode() or torch.no_grad()"
-        )
-    with torch._C._AutoDispatchBelowAutograd():
-        torch.ops.riformer.block_.default.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
-
-
-def _in_place_version(keys: torch.DispatchKeySet, *arguments: torch.Tensor | float | bool | None) -> None:
-    """Count the write, so that a backward that has saved ``x`` or ``moments`` notices."""
-    for written in arguments[:2]:
-        if written is not None:
-            torch.autograd.graph.increment_version(written)
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        torch.ops.riformer.block_.default.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *arguments)
-
-
-LIBRARY.impl("block_", _in_place_autograd, "Autograd", with_keyset=True)
-LIBRARY.impl("block_", _in_place_version, "ADInplaceOrView", with_keyset=True)
+IN_PLACE = Op("block_", IN_PLACE_SCHEMA, reference=reference_in_place, fake=fake_in_place, in_place=True)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import algebra
-from ._library import register, token_format, working_dtype
+from ._library import Op, token_format, working_dtype
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? bias, int stride, int padding, ScalarType dtype, bool moments)"
@@ -62,4 +62,4 @@ def fake(
     return out, x.new_empty((x.shape[0], 2, channels), dtype=working_dtype(dtype))
 
 
-OP = register("embed", SCHEMA, reference=reference, fake=fake)
+OP = Op("embed", SCHEMA, reference=reference, fake=fake)

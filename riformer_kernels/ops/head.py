@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import algebra
-from ._library import register, working_dtype
+from ._library import Op, working_dtype
 
 SCHEMA = (
     "(Tensor x, Tensor? moments, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc_weight, Tensor? fc_bias,"
@@ -62,4 +62,4 @@ def fake(
     return x.new_empty((x.shape[0], fc_weight.shape[0]), dtype=dtype)
 
 
-OP = register("head", SCHEMA, reference=reference, fake=fake)
+OP = Op("head", SCHEMA, reference=reference, fake=fake)

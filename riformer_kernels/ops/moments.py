@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import algebra
-from ._library import register, working_dtype
+from ._library import Op, working_dtype
 
 SCHEMA = "(Tensor x) -> Tensor"
 
@@ -19,4 +19,4 @@ def fake(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty((x.shape[0], 2, x.shape[1]), dtype=working_dtype(x.dtype))
 
 
-OP = register("moments", SCHEMA, reference=reference, fake=fake)
+OP = Op("moments", SCHEMA, reference=reference, fake=fake)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import algebra
-from ._library import memory_format_of, register, working_dtype
+from ._library import Op, memory_format_of, working_dtype
 
 SCHEMA = (
     "(Tensor x, Tensor? moments, Tensor weight, Tensor bias, float eps, bool per_position, ScalarType dtype) -> Tensor"
@@ -46,4 +46,4 @@ def fake(
     return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=memory_format_of(x))
 
 
-OP = register("norm", SCHEMA, reference=reference, fake=fake)
+OP = Op("norm", SCHEMA, reference=reference, fake=fake)

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 
 from ...errors import BackendError
-from ...ops._library import LIBRARY
+from ...ops import ALL as OPS
+from ...ops._library import LIBRARIES, NAMESPACE, overloads
+from .. import _devices
 from .._backend import Backend
-
-OPS = ("moments", "embed", "block", "block_", "norm", "head")
-MINIMUM_ARCHITECTURE = 80
 
 
 @cache
@@ -29,36 +28,14 @@ def _no_triton() -> str | None:
     return None
 
 
-@cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
 def unusable() -> str | None:
     """Why no tensor on this machine can be served, or None."""
-    if reason := _no_triton():
-        return reason
-    if torch.version.cuda is None:
-        return f"this PyTorch ({torch.__version__}) is built without CUDA"
-    if not torch.cuda.is_available():
-        return "no CUDA device is visible"
-    reasons = [why_not_device(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
-    return None if None in reasons else "; ".join(reason for reason in reasons if reason)
+    return _no_triton() or _devices.no_device(why_not_device)
 
 
 def why_not_device(device: torch.device) -> str | None:
     """Why tensors on this CUDA device are not served, or None."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    major, minor = _capability(index)
-    if 10 * major + minor < MINIMUM_ARCHITECTURE:
-        name = torch.cuda.get_device_name(index)
-        return f"cuda:{index} ({name}) has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or later"
-    return None
-
-
-def detail() -> str:
-    major, minor = _capability(torch.cuda.current_device())
-    return f"sm_{major}{minor}"
+    return _devices.too_old(device)
 
 
 @cache
@@ -84,7 +61,7 @@ def _registered(name: str) -> Callable[..., Any]:
 
 # A registration is all that happens at import, as with the CPU library: saved programs need no more.
 for _name in OPS:
-    LIBRARY.impl(_name, _registered(_name), "CUDA")
+    LIBRARIES[NAMESPACE].impl(_name, _registered(_name), "CUDA")
 
 BACKEND = Backend(
     name="triton",
@@ -92,8 +69,8 @@ BACKEND = Backend(
     devices=("cuda",),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     unusable=unusable,
-    detail=detail,
+    detail=_devices.current,
     refuses=why_not_device,
     compiles=True,
-    **{name: getattr(torch.ops.riformer, name).default for name in OPS},
+    **overloads(NAMESPACE, OPS),
 )

@@ -1,0 +1,181 @@
+// What the bindings of every device check and derive from the ops' arguments in the same way. Bindings only: it includes
+// torch, through the LibTorch stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "dtypes.h"
+
+namespace riformer {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// The parameters of `block` in the order of its schema, and their names to hand them on.
+#define RIFORMER_BLOCK_PARAMETERS                                                                                     \
+  const OptionalTensor &layer_scale_1, const OptionalTensor &norm1_weight, const OptionalTensor &norm1_bias,          \
+      const OptionalTensor &affine_weight, const OptionalTensor &affine_bias, double eps1, const Tensor &norm2_weight, \
+      const Tensor &norm2_bias, double eps2, const Tensor &fc1_weight, const OptionalTensor &fc1_bias,                \
+      const Tensor &fc2_weight, const OptionalTensor &fc2_bias, const OptionalTensor &layer_scale_2, bool per_position, \
+      bool residual
+#define RIFORMER_BLOCK_ARGUMENTS                                                                                    \
+  layer_scale_1, norm1_weight, norm1_bias, affine_weight, affine_bias, eps1, norm2_weight, norm2_bias, eps2,        \
+      fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale_2, per_position, residual
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  text << "]";
+  return text.str();
+}
+
+inline DType dtype_of(ScalarType dtype, const char* name) {
+  switch (dtype) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default:
+      fail("riformer: ", name, " has dtype ", torch::headeronly::toString(dtype),
+           ", expected Float, BFloat16 or Half; convert it first");
+  }
+}
+
+inline void check_tokens(const Tensor& x, const char* op) {
+  if (x.dim() != 4) fail("riformer::", op, ": x has shape ", shape_of(x), ", expected [B, C, H, W]");
+}
+
+template <class Args>
+void describe_tokens(Args& args, const Tensor& x) {
+  args.batch = x.size(0);
+  args.channels = x.size(1);
+  args.positions = x.size(2) * x.size(3);
+}
+
+// A layout as PyTorch sees it: a tensor that is contiguous in both senses counts as contiguous.
+inline bool is_channels_last(const Tensor& x) {
+  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
+  if (x.is_contiguous()) return false;
+  return (c == 1 || x.stride(1) == 1) && (w == 1 || x.stride(3) == c) && (h == 1 || x.stride(2) == w * c) &&
+         (x.size(0) == 1 || x.stride(0) == h * w * c);
+}
+
+inline Tensor empty_tokens(const Tensor& x, ScalarType dtype, MemoryFormat format) {
+  return torch::stable::empty({x.size(0), x.size(1), x.size(2), x.size(3)}, dtype, std::nullopt, x.device(), std::nullopt,
+                              format);
+}
+
+inline Tensor new_moments(const Tensor& x, int64_t channels) {
+  return torch::stable::empty({x.size(0), 2, channels}, ScalarType::Float, std::nullopt, x.device());
+}
+
+inline void check_moments(const OptionalTensor& moments, const Tensor& x) {
+  if (!moments.has_value()) fail("riformer: moments are missing; GroupNorm takes its statistics from them");
+  if (moments->dim() != 3 || moments->size(0) != x.size(0) || moments->size(1) != 2 || moments->size(2) != x.size(1))
+    fail("riformer: moments have shape ", shape_of(*moments), ", expected [", x.size(0), ", 2, ", x.size(1), "]");
+  if (moments->scalar_type() != ScalarType::Float)
+    fail("riformer: moments have dtype ", torch::headeronly::toString(moments->scalar_type()), ", expected Float");
+}
+
+inline void check_vector(const Tensor& tensor, int64_t count, const char* name) {
+  if (tensor.numel() != count) fail("riformer: ", name, " has ", tensor.numel(), " elements, expected ", count);
+}
+
+// [rows, columns] or [rows, columns, 1, 1]. Whether it is row-major as it lies; channels_last counts too.
+inline bool check_matrix(const Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
+  bool matches = (tensor.dim() == 2 || tensor.dim() == 4) && tensor.size(0) == rows && tensor.size(1) == columns;
+  for (int64_t i = 2; matches && i < tensor.dim(); ++i) matches = tensor.size(i) == 1;
+  if (!matches)
+    fail("riformer: ", name, " has shape ", shape_of(tensor), ", expected [", rows, ", ", columns,
+         "] or that with two ones");
+  return tensor.is_contiguous() || (tensor.stride(1) == 1 && tensor.stride(0) == columns);
+}
+
+// Sizes and strides of a convolution; `args.x` and what depends on the device are left to the caller.
+template <class Args>
+void describe_embed(Args& args, const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
+  check_tokens(x, "embed");
+  if (weight.dim() != 4 || weight.size(1) != x.size(1))
+    fail("riformer::embed: weight has shape ", shape_of(weight), " for images of shape ", shape_of(x),
+         "; expected [channels, ", x.size(1), ", kernel height, kernel width]");
+  if (weight.size(1) * weight.size(2) * weight.size(3) == 0)
+    fail("riformer::embed: weight has shape ", shape_of(weight), ": there is nothing to sum");
+  if (stride < 1 || padding < 0) fail("riformer::embed: stride ", stride, " and padding ", padding, ", expected >= 1 and >= 0");
+  args.batch = x.size(0);
+  args.in_channels = x.size(1);
+  args.height = x.size(2);
+  args.width = x.size(3);
+  args.channels = weight.size(0);
+  args.kernel_height = weight.size(2);
+  args.kernel_width = weight.size(3);
+  args.stride = stride;
+  args.padding = padding;
+  const int64_t spare_height = args.height + 2 * padding - args.kernel_height;
+  const int64_t spare_width = args.width + 2 * padding - args.kernel_width;
+  if (spare_height < 0 || spare_width < 0)
+    fail("riformer::embed: images of ", args.height, "x", args.width, " are smaller than the ", args.kernel_height, "x",
+         args.kernel_width, " kernel with padding ", padding);
+  args.out_height = spare_height / stride + 1;
+  args.out_width = spare_width / stride + 1;
+  args.stride_batch = x.stride(0);
+  args.stride_channel = x.stride(1);
+  args.stride_row = x.stride(2);
+  args.stride_column = x.stride(3);
+}
+
+// Everything of a block but its tokens: checked against `x`. `parameters` keeps what it returns alive.
+template <class Args, class Parameters>
+void describe_block(Args& args, Parameters& parameters, const Tensor& x, RIFORMER_BLOCK_PARAMETERS) {
+  check_tokens(x, "block");
+  args.dtype = dtype_of(x.scalar_type(), "x");
+  describe_tokens(args, x);
+  args.hidden = fc1_weight.dim() > 0 ? fc1_weight.size(0) : 0;
+  const int64_t channels = args.channels;
+  if (args.batch > 0 && args.positions == 0)
+    fail("riformer::block: x has shape ", shape_of(x), ": moments of no positions do not exist");
+  if (channels % 8 || args.hidden % 8 || channels == 0 || args.hidden == 0)
+    fail("riformer::block: ", channels, " channels and ", args.hidden,
+         " hidden channels, expected multiples of 8; use backend='reference' for other widths");
+  if (norm1_weight.has_value() != layer_scale_1.has_value() || norm1_weight.has_value() != norm1_bias.has_value())
+    fail("riformer::block: layer_scale_1, norm1_weight and norm1_bias go together: give all three or none");
+  if (affine_weight.has_value() && !norm1_weight.has_value())
+    fail("riformer::block: affine_weight needs norm1_weight, into which it is folded");
+  if (affine_bias.has_value() && !affine_weight.has_value())
+    fail("riformer::block: affine_bias needs affine_weight");
+  args.layer_scale_1 = parameters.vector(layer_scale_1, channels, "layer_scale_1");
+  args.norm1_weight = parameters.vector(norm1_weight, channels, "norm1_weight");
+  args.norm1_bias = parameters.vector(norm1_bias, channels, "norm1_bias");
+  args.affine_weight = parameters.vector(affine_weight, channels, "affine_weight");
+  args.affine_bias = parameters.vector(affine_bias, channels, "affine_bias");
+  args.eps1 = static_cast<decltype(args.eps1)>(eps1);
+  args.norm2_weight = parameters.vector(norm2_weight, channels, "norm2_weight");
+  args.norm2_bias = parameters.vector(norm2_bias, channels, "norm2_bias");
+  args.eps2 = static_cast<decltype(args.eps2)>(eps2);
+  args.fc1_weight = parameters.matrix(fc1_weight, args.hidden, channels, "fc1_weight");
+  args.fc1_bias = parameters.vector(fc1_bias, args.hidden, "fc1_bias");
+  args.fc2_weight = parameters.matrix(fc2_weight, channels, args.hidden, "fc2_weight");
+  args.fc2_bias = parameters.vector(fc2_bias, channels, "fc2_bias");
+  args.layer_scale_2 = parameters.vector(layer_scale_2, channels, "layer_scale_2");
+  args.per_position = per_position;
+  args.residual = residual;
+}
+
+}  // namespace riformer

@@ -1,0 +1,149 @@
+// What a call of an op needs of the machine before and after its kernels: the tokens' device made current, its stream,
+// and memory. Once for a GPU, once for the emulator, where every result and workspace lies between guards and starts as
+// NaN, so that a kernel that writes beside them or reads what nobody wrote is noticed.
+#pragma once
+
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "../common/arguments.h"
+#include "kernels.h"
+
+#if defined(RIFORMER_EMULATED)
+#include "../emulator/emulator.h"
+#define RIFORMER_ARCHITECTURES "80, 90a"
+#else
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+namespace riformer::cuda {
+
+constexpr int64_t kWorkspaceAlignment = 256;
+
+inline void* aligned(void* pointer) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  return reinterpret_cast<void*>((address + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment);
+}
+
+#if !defined(RIFORMER_EMULATED)
+
+inline bool served(const Tensor& tensor) { return tensor.is_cuda(); }
+
+inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();
+  fail("riformer: ", what, ": ", cudaGetErrorString(status), " (", cudaGetErrorName(status), ")");
+}
+
+// Whether this library has code for a GPU: machine code serves its own major version from its minor version on, that
+// with an "a" its own version alone; PTX, of the newest plain architecture, everything from there on.
+inline bool compiled_for(int architecture) {
+  int newest = 0;
+  std::istringstream list(RIFORMER_ARCHITECTURES);
+  for (std::string word; std::getline(list, word, ',');) {
+    const int version = std::stoi(word);
+    const bool plain = word.back() != 'a';
+    if (plain ? version / 10 == architecture / 10 && version <= architecture : version == architecture) return true;
+    if (plain && version > newest) newest = version;
+  }
+  return newest && architecture >= newest;
+}
+
+// Asked once per device: the driver takes microseconds for each.
+inline Device device_of(int index) {
+  static std::mutex mutex;
+  static std::vector<Device> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (static_cast<int>(known.size()) <= index) known.resize(static_cast<size_t>(index) + 1);
+  Device& device = known[static_cast<size_t>(index)];
+  if (device.processors == 0) {
+    int major = 0, minor = 0, processors = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "the compute capability of the GPU");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "the compute capability of the GPU");
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index), "the multiprocessors of the GPU");
+    device = {10 * major + minor, processors, nullptr};
+  }
+  return device;
+}
+
+// One call of an op. It makes the tokens' device current and keeps its memory until the kernels are launched; they run
+// on the current stream, in whose order the allocator hands memory out again.
+class Call {
+ public:
+  explicit Call(const Tensor& x) : guard_(x.get_device_index()), device_(device_of(x.get_device_index())) {
+    if (!compiled_for(device_.architecture))
+      fail("riformer: the CUDA kernels are compiled for ", RIFORMER_ARCHITECTURES, " and cuda:", x.get_device_index(),
+           " has compute capability ", device_.architecture / 10, ".", device_.architecture % 10,
+           "; install the package with RIFORMER_CUDA_ARCHITECTURES=", device_.architecture, ", or use another backend");
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &device_.stream));
+  }
+  const Device& device() const { return device_; }
+  void* result(const Tensor& out) { return out.mutable_data_ptr(); }
+  void* workspace(int64_t bytes, const Tensor& x) {
+    if (bytes == 0) return nullptr;
+    held_.push_back(torch::stable::empty({bytes + kWorkspaceAlignment}, ScalarType::Byte, std::nullopt, x.device()));
+    return aligned(held_.back().mutable_data_ptr());
+  }
+  void finish() {}
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  Device device_;
+  std::vector<Tensor> held_;
+};
+
+#else
+
+inline bool served(const Tensor& tensor) { return tensor.is_cpu(); }
+
+inline int& emulated_architecture() {
+  static int architecture = 90;
+  return architecture;
+}
+
+class Call {
+ public:
+  explicit Call(const Tensor&) : device_{emulated_architecture(), 4, nullptr} {}
+  const Device& device() const { return device_; }
+  // Memory for `out`, copied there by `finish`.
+  void* result(const Tensor& out) {
+    return guarded(out.numel() * static_cast<int64_t>(out.element_size()), out.mutable_data_ptr());
+  }
+  void* workspace(int64_t bytes, const Tensor&) { return bytes ? guarded(bytes, nullptr) : nullptr; }
+  void finish() {
+    for (const Region& region : regions_) {
+      for (int64_t i = 0; i < kWorkspaceAlignment; ++i)
+        if (region.data[-1 - i] != 0xff || region.data[region.bytes + i] != 0xff)
+          fail("riformer: emulated kernels wrote ", i, " bytes outside ", region.target ? "a result" : "the workspace", " of ",
+               region.bytes, " bytes");
+      if (region.target) std::memcpy(region.target, region.data, static_cast<size_t>(region.bytes));
+    }
+  }
+
+ private:
+  struct Region {
+    unsigned char* data;
+    int64_t bytes;
+    void* target;
+  };
+  void* guarded(int64_t bytes, void* target) {
+    const auto size = static_cast<size_t>(bytes + 3 * kWorkspaceAlignment);
+    memory_.push_back(std::make_unique<unsigned char[]>(size));
+    std::memset(memory_.back().get(), 0xff, size);
+    regions_.push_back({static_cast<unsigned char*>(aligned(memory_.back().get() + kWorkspaceAlignment)), bytes, target});
+    return regions_.back().data;
+  }
+
+  Device device_;
+  std::vector<std::unique_ptr<unsigned char[]>> memory_;
+  std::vector<Region> regions_;
+};
+
+#endif
+
+}  // namespace riformer::cuda

@@ -1,0 +1,46 @@
+"""Test files that need a process of their own, or minutes: all files of a folder at once, one process each, as most
+machines have more than one core."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+@contextmanager
+def started(files: list[Path], logs: Path, **environment: str) -> Iterator[dict[Path, tuple[Path, subprocess.Popen]]]:
+    """A pytest process per file, with its log."""
+    processes = {}
+    for file in files:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+        output = logs / f"{file.stem}.log"
+        with output.open("w") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=HERE,
+                env={**os.environ, "OMP_WAIT_POLICY": "passive", **environment},
+            )  # fmt: skip
+        processes[file] = output, process
+    yield processes
+    for _, process in processes.values():
+        process.kill()
+        process.wait()
+
+
+def check(output: Path, process: subprocess.Popen) -> None:
+    """Wait for one of them: it passes, or skips for want of the native library where that was asked for."""
+    status = process.wait()
+    text = output.read_text()
+    tail = "\n".join(text.splitlines()[-80:])
+    if status and os.environ.get("RIFORMER_CPU") == "off" and "RIFORMER_CPU=off" in text:
+        pytest.skip("RIFORMER_CPU=off: the checks are those of the native kernels' tests")
+    assert status == 0, tail
+    assert re.search(r"\d+ passed", tail) and "failed" not in tail, tail
