@@ -60,6 +60,7 @@ RIFORMER_DEVICE void sync_warp() { __syncwarp(); }
 // Barrier `id` (1 to 15) among `threads` threads, whole warps.
 RIFORMER_DEVICE void sync_named(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 RIFORMER_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+RIFORMER_DEVICE int shuffle_xor(int value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 // 16 bytes of global memory to shared memory, asynchronously; zeros where not `valid` (nothing is then read).
 RIFORMER_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
@@ -108,6 +109,13 @@ RIFORMER_DEVICE void multiply_16x8x16<f16>(float (&d)[4], const uint32_t (&a)[4]
 
 RIFORMER_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
+// `value`, of which the compiler knows nothing any more: what depends on it stays where it is used, instead of being
+// computed once outside a loop and kept in registers that the loop needs.
+RIFORMER_DEVICE int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Two values of T in a word, the first in the low half; round to nearest even.
 template <class T>
 RIFORMER_DEVICE uint32_t pack(float low, float high);
@@ -145,6 +153,13 @@ RIFORMER_DEVICE void sync_block() { emulator::sync_block(); }
 RIFORMER_DEVICE void sync_warp() { emulator::sync_warp(); }
 RIFORMER_DEVICE void sync_named(int id, int threads) { emulator::sync_named(id, threads); }
 RIFORMER_DEVICE float shuffle_xor(float value, int mask) { return emulator::shuffle_xor(value, mask); }
+RIFORMER_DEVICE int shuffle_xor(int value, int mask) {
+  float bits;
+  std::memcpy(&bits, &value, 4);
+  bits = emulator::shuffle_xor(bits, mask);
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 RIFORMER_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
   emulator::copy_async_16(shared, global, valid);
 }
@@ -158,6 +173,7 @@ RIFORMER_DEVICE void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], con
   emulator::multiply_16x8x16(d, a, b, sizeof(T) == 2 && std::is_same<T, bf16>::value);
 }
 RIFORMER_DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+RIFORMER_DEVICE int opaque(int value) { return value; }
 template <class T>
 RIFORMER_DEVICE uint32_t pack(float low, float high) {
   T first, second;
@@ -184,6 +200,13 @@ RIFORMER_DEVICE T from_float(float value) { return T{static_cast<uint16_t>(pack<
 template <>
 RIFORMER_DEVICE float from_float<float>(float value) { return value; }
 
+// Typed, since a memcpy from an address whose alignment is unknown becomes a load per byte.
+struct alignas(8) Pair {
+  float low, high;
+};
+RIFORMER_DEVICE Pair load_pair(const float* address) { return *reinterpret_cast<const Pair*>(address); }
+RIFORMER_DEVICE uint32_t load_word(const void* address) { return *static_cast<const uint32_t*>(address); }
+RIFORMER_DEVICE void store_word(void* address, uint32_t word) { *static_cast<uint32_t*>(address) = word; }
 RIFORMER_DEVICE Vec16 load_16(const void* address) { return *static_cast<const Vec16*>(address); }
 RIFORMER_DEVICE void store_16(void* address, const Vec16& value) { *static_cast<Vec16*>(address) = value; }
 

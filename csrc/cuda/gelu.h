@@ -13,14 +13,18 @@ namespace riformer::cuda {
 RIFORMER_DEVICE float gelu_16_bit(float x) {
   const float v = fminf(fmaxf(x, -kPhiClamp), kPhiClamp);
   const float s = v * v;
-  float p = multiply_add(kPhi[8], s, kPhi[7]);
-  p = multiply_add(p, s, kPhi[6]);
-  p = multiply_add(p, s, kPhi[5]);
-  p = multiply_add(p, s, kPhi[4]);
-  p = multiply_add(p, s, kPhi[3]);
-  p = multiply_add(p, s, kPhi[2]);
-  p = multiply_add(p, s, kPhi[1]);
-  p = multiply_add(p, s, kPhi[0]);
+  // Device code may use an element of a host array only as a constant expression.
+  constexpr float c0 = kPhi[0], c1 = kPhi[1], c2 = kPhi[2], c3 = kPhi[3], c4 = kPhi[4], c5 = kPhi[5], c6 = kPhi[6],
+                  c7 = kPhi[7], c8 = kPhi[8];
+  static_assert(kPhiTerms == 9, "one constant for each term");
+  float p = multiply_add(c8, s, c7);
+  p = multiply_add(p, s, c6);
+  p = multiply_add(p, s, c5);
+  p = multiply_add(p, s, c4);
+  p = multiply_add(p, s, c3);
+  p = multiply_add(p, s, c2);
+  p = multiply_add(p, s, c1);
+  p = multiply_add(p, s, c0);
   const float phi = multiply_add(v, p, 0.5f);
   // fmaxf drops a NaN, this product does not.
   return x * phi;

@@ -117,7 +117,5 @@ void head(const HeadArgs& args);
 // `count` values from one dtype to another (round to nearest even): weights whose dtype is not the tokens'.
 void convert(const Device& device, const void* from, DType from_dtype, void* to, DType to_dtype, int64_t count);
 
-// The compute capabilities that this library holds machine code for, as text: "80, 90a".
-std::string architectures();
 
 }  // namespace riformer::cuda

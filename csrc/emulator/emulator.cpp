@@ -29,6 +29,7 @@ struct Meeting {
   int64_t generation = 0;
   const char* what = nullptr;
   void* arguments[128] = {};
+  std::shared_ptr<void> state;
 };
 
 struct Barrier {
@@ -298,6 +299,9 @@ int cluster_size() { return running->grid.cluster; }
 int cluster_rank() { return current->block->rank; }
 unsigned char* shared_memory_of(int rank) { return running->blocks.at(static_cast<size_t>(rank)).shared; }
 unsigned char* async_view_of(int rank) { return running->blocks.at(static_cast<size_t>(rank)).async_view; }
+std::shared_ptr<void>& warpgroup_state() {
+  return current->block->warpgroups[static_cast<size_t>(current->index / 128)].state;
+}
 void publish_to_async_view() {
   Block& block = *current->block;
   std::memcpy(block.async_view, block.shared, static_cast<size_t>(running->grid.shared_bytes));

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 
 namespace riformer::emulator {
@@ -58,5 +59,6 @@ unsigned char* async_view_of(int rank);            // shared memory as the copy 
 int64_t shared_bytes();
 void publish_to_async_view();                      // fence.proxy.async: what was stored becomes visible there
 void sync_cluster();
+std::shared_ptr<void>& warpgroup_state();           // of the calling thread's warpgroup; empty at first
 
 }  // namespace riformer::emulator

@@ -1,0 +1,193 @@
+// Sums over threads, statistics from moments, and values of a row: what the kernels with few operations share.
+#pragma once
+
+#include <cmath>
+
+#include "device.h"
+
+namespace riformer::cuda {
+
+constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Over `Lanes` neighbouring lanes, by a butterfly: every lane gets the same bits.
+template <int Lanes>
+RIFORMER_DEVICE float lane_sum(float value) {
+  RIFORMER_UNROLL
+  for (int mask = Lanes / 2; mask; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+
+// Threads that compute one image's statistics together: each takes every size-th channel from `index` on.
+struct WarpTeam {
+  static constexpr int size = kWarp;
+  int index = thread_index() % kWarp;
+
+  RIFORMER_DEVICE float sum(float value) { return lane_sum<kWarp>(value); }
+  template <class Value>
+  RIFORMER_DEVICE float once(const Value& value) { return value(); }
+};
+
+// A whole block of `size` threads, whole warps. It has two buffers of kFloats / 2, used in turn: whoever writes to one
+// again has passed the barrier of the call between, and with it everybody's reading.
+struct BlockTeam {
+  static constexpr int kFloats = 64;
+  float* shared;
+  int size;
+  int index = thread_index();
+  int turn = 0;
+
+  RIFORMER_DEVICE float* buffer() { return shared + (turn ^= kFloats / 2); }
+  RIFORMER_DEVICE float sum(float value) {
+    float* const parts = buffer();
+    value = lane_sum<kWarp>(value);
+    if (index % kWarp == 0) parts[index / kWarp] = value;
+    sync_block();
+    float total = 0.f;
+    for (int warp = 0; warp < size / kWarp; ++warp) total += parts[warp];
+    return total;
+  }
+  // The value as one warp computes it: float64 is slow where GPUs have few units for it.
+  template <class Value>
+  RIFORMER_DEVICE float once(const Value& value) {
+    float* const place = buffer();
+    if (index < kWarp) {
+      const float found = value();
+      if (index == 0) *place = found;
+    }
+    sync_block();
+    return *place;
+  }
+};
+
+// Of an image over its channels and positions. `low` is what rounding mu to float32 left out; a channel's mean minus
+// mu is (mean - first) - shift.
+struct ImageStatistics {
+  float mu, low, rstd, first, shift;
+};
+
+// From the moments mean(c) and centred(c) of the channels. Sums run over differences from `first`, a value among the
+// means, so that nothing cancels where the mean is much larger than the deviation. The variance is one number per
+// image: in float64 its four roundings become one.
+template <class Team, class Mean, class Centred>
+RIFORMER_DEVICE ImageStatistics image_statistics(Team& team, const Mean& mean, const Centred& centred, float first,
+                                                 int channels, int64_t positions, float eps) {
+  float sum = 0.f;
+  for (int c = team.index; c < channels; c += team.size) sum += mean(c) - first;
+  const float shift = team.sum(sum) / static_cast<float>(channels);
+  float between = 0.f, within = 0.f;
+  for (int c = team.index; c < channels; c += team.size) {
+    const float d = (mean(c) - first) - shift;
+    between = multiply_add(d, d, between);
+    within += centred(c);
+  }
+  within = team.sum(within);
+  const float total = multiply_add(static_cast<float>(positions), team.sum(between), within);
+  const float mu = first + shift;
+  const float rstd = team.once([&] {
+    const double variance = total / (static_cast<double>(positions) * channels);
+    return static_cast<float>(1.0 / sqrt(variance + eps));
+  });
+  return {mu, shift - (mu - first), rstd, first, shift};
+}
+
+// ------------------------------------------------------------------------------------------------------- 16 bytes
+
+template <class T>
+constexpr int kPerPiece = 16 / static_cast<int>(sizeof(T));
+
+template <class T>
+RIFORMER_DEVICE void unpack_piece(const Vec16& piece, float (&values)[kPerPiece<T>]) {
+  if constexpr (sizeof(T) == 4) {
+    std::memcpy(values, &piece, 16);
+  } else {
+    RIFORMER_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      values[2 * i] = unpack_low<T>(piece.word[i]);
+      values[2 * i + 1] = unpack_high<T>(piece.word[i]);
+    }
+  }
+}
+
+template <class T>
+RIFORMER_DEVICE Vec16 pack_piece(const float* values) {
+  Vec16 piece;
+  if constexpr (sizeof(T) == 4) {
+    std::memcpy(&piece, values, 16);
+  } else {
+    RIFORMER_UNROLL
+    for (int i = 0; i < 4; ++i) piece.word[i] = pack<T>(values[2 * i], values[2 * i + 1]);
+  }
+  return piece;
+}
+
+// ---------------------------------------------------------------------------------------- LayerNorm, a row at a time
+
+// A row of tokens between `Lanes` neighbouring lanes, each with every Lanes-th piece of 16 bytes: `Held` of them in
+// registers, or with 0 read again from memory (the nearest cache has them) by every pass.
+template <class T, int Lanes, int Held>
+struct Row {
+  const T* values;
+  int pieces;  // 0: a row that does not exist
+  int lane = thread_index() % Lanes;
+  Vec16 held[Held ? Held : 1];
+
+  RIFORMER_DEVICE Row(const T* from, int count) : values(from), pieces(count) {
+    if constexpr (Held > 0) {
+      RIFORMER_UNROLL
+      for (int i = 0; i < Held; ++i)
+        if (lane + i * Lanes < pieces) held[i] = load_16(values + (lane + i * Lanes) * kPerPiece<T>);
+    }
+  }
+  // visit(channel, values) for each of this lane's pieces.
+  template <class Visit>
+  RIFORMER_DEVICE void each(const Visit& visit) const {
+    float found[kPerPiece<T>];
+    if constexpr (Held > 0) {
+      RIFORMER_UNROLL
+      for (int i = 0; i < Held; ++i)
+        if (lane + i * Lanes < pieces) {
+          unpack_piece<T>(held[i], found);
+          visit((lane + i * Lanes) * kPerPiece<T>, found);
+        }
+    } else {
+      for (int piece = lane; piece < pieces; piece += Lanes) {
+        unpack_piece<T>(load_16(values + piece * kPerPiece<T>), found);
+        visit(piece * kPerPiece<T>, found);
+      }
+    }
+  }
+};
+
+// A row's value minus its mean is (value - first) - shift.
+struct PositionStatistics {
+  float first, shift, rstd;
+};
+
+template <class T, int Lanes, int Held>
+RIFORMER_DEVICE PositionStatistics position_statistics(const Row<T, Lanes, Held>& row, int channels, float eps) {
+  const float first = row.pieces ? to_float(*row.values) : 0.f;
+  float sum = 0.f, squares = 0.f;
+  row.each([&](int, const float(&value)[kPerPiece<T>]) {
+    RIFORMER_UNROLL
+    for (int i = 0; i < kPerPiece<T>; ++i) sum += value[i] - first;
+  });
+  const float shift = lane_sum<Lanes>(sum) / static_cast<float>(channels);
+  row.each([&](int, const float(&value)[kPerPiece<T>]) {
+    RIFORMER_UNROLL
+    for (int i = 0; i < kPerPiece<T>; ++i) {
+      const float d = (value[i] - first) - shift;
+      squares = multiply_add(d, d, squares);
+    }
+  });
+  const float variance = lane_sum<Lanes>(squares) / static_cast<float>(channels);
+  return {first, shift, 1.f / sqrtf(variance + eps)};
+}
+
+// How a row of `channels` is divided: narrow rows between 8 lanes (up to 5 pieces each), others between 32 (up to 6).
+enum class RowForm { narrow, wide, any };
+inline RowForm row_form(int64_t channels, int64_t bytes) {
+  const int64_t pieces = channels * bytes / 16;
+  return pieces <= 40 ? RowForm::narrow : pieces <= 192 ? RowForm::wide : RowForm::any;
+}
+
+}  // namespace riformer::cuda
