@@ -101,14 +101,14 @@ class Call {
 
 inline bool served(const Tensor& tensor) { return tensor.is_cpu(); }
 
-inline int& emulated_architecture() {
-  static int architecture = 90;
-  return architecture;
+inline Device& emulated_device() {
+  static Device device{90, 4, nullptr};
+  return device;
 }
 
 class Call {
  public:
-  explicit Call(const Tensor&) : device_{emulated_architecture(), 4, nullptr} {}
+  explicit Call(const Tensor&) : device_(emulated_device()) {}
   const Device& device() const { return device_; }
   // Memory for `out`, copied there by `finish`.
   void* result(const Tensor& out) {
