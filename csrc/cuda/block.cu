@@ -29,6 +29,14 @@ bool fused_sm90_serves(int64_t channels, int64_t hidden) {
 bool wide_sm90_serves(int64_t channels, int64_t hidden) { return channels % 128 == 0 && channels <= 768 && hidden % 128 == 0; }
 bool narrow_sm90_serves(int64_t channels, int64_t hidden) { return channels % 64 == 0 && channels <= 768 && hidden % 64 == 0; }
 
+void launch_block_sm80(BlockForm form, DType dtype, const BlockKernelArgs& block, const Device& device) {
+  const bool is_bf16 = dtype == DType::bf16;
+  if (form == BlockForm::fused)
+    (is_bf16 ? launch_fused_sm80<bf16> : launch_fused_sm80<f16>)(block, device);
+  else
+    (is_bf16 ? launch_two_kernels_sm80<bf16> : launch_two_kernels_sm80<f16>)(block, device);
+}
+
 BlockProblem problem_of(const BlockArgs& args) {
   return {args.channels, args.hidden, args.positions, args.batch * args.positions, args.dtype, args.per_position,
           args.device.architecture, args.device.processors};

@@ -44,6 +44,5 @@ int expand_splits(int64_t groups, int tiles, int processors);
 bool has_sm90();
 std::string describe_block_sm90(BlockForm form, int64_t channels, int64_t hidden);
 void launch_block_sm90(BlockForm form, DType dtype, const BlockKernelArgs& block, const Device& device);
-void launch_block_sm80(BlockForm form, DType dtype, const BlockKernelArgs& block, const Device& device);
 
 }  // namespace riformer::cuda

@@ -115,7 +115,7 @@ using TensorMap = emulator::TensorMap;
 
 RIFORMER_DEVICE void barrier_init(uint64_t* barrier, int arrivals) { emulator::barrier_init(barrier, arrivals); }
 RIFORMER_DEVICE void barrier_init_fence() {}
-RIFORMER_DEVICE void barrier_arrive(uint64_t* barrier) { emulator::barrier_arrive_at(barrier, cluster_rank()); }
+RIFORMER_DEVICE void barrier_arrive(uint64_t* barrier) { emulator::barrier_arrive_at(barrier, emulator::cluster_rank()); }
 RIFORMER_DEVICE void barrier_arrive_at(uint64_t* barrier, int rank) { emulator::barrier_arrive_at(barrier, rank); }
 RIFORMER_DEVICE void barrier_arrive_expect(uint64_t* barrier, int bytes) { emulator::barrier_arrive_expect(barrier, bytes); }
 RIFORMER_DEVICE void barrier_wait(uint64_t* barrier, int parity) { emulator::barrier_wait(barrier, parity); }

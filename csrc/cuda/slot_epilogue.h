@@ -28,7 +28,8 @@ RIFORMER_DEVICE void slot_moments(const At& at, int rows, int pieces, int warp, 
     float value[kColumns][kRows];
     RIFORMER_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const uint32_t bits = load_word(static_cast<const unsigned char*>(at(row + 8 * i, piece)) + 4 * word);
+      const void* const place = at(row + 8 * i, piece);
+      const uint32_t bits = load_word(static_cast<const unsigned char*>(place) + 4 * word);
       if constexpr (kColumns == 2) {
         value[0][i] = unpack_low<T>(bits);
         value[kColumns - 1][i] = unpack_high<T>(bits);
