@@ -24,6 +24,7 @@ from riformer_kernels.ops._library import overloads, register
 NAMESPACE = "riformer_emulated"
 NAME = "emulated"
 ARCHITECTURES = (80, 90)
+OTHERS = (86, 120)  # 99 KB of shared memory; the kernels of sm_80
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/common/dtypes.h
 
 
