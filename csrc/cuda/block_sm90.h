@@ -238,10 +238,11 @@ RIFORMER_DEVICE void consume(const FusedArgs& args, const Ring& ring, int turn) 
     for (int part = 0; part < kParts; ++part)
       finish_columns<T, kBlock, kWidth>(args.block, C, slot, sums[part], part * kWidth, part * kWidth, group_tile<C>(),
                                         group_thread());
-    sync_group();
+    // Read before the barrier, as the next turn writes them.
     turn = static_cast<int>(load_word(group_words(ring)));
     const int saved = static_cast<int>(load_word(group_words(ring) + 1));
     place = {saved / 2, saved % 2};
+    sync_group();
     leave_slot<T, kBlock>(args.block, C, group_slot<C>(turn), 0, C, slot, group_tile<C>(), group_thread());
   }
 }
@@ -265,6 +266,7 @@ fused_sm90(RIFORMER_GRID_CONSTANT FusedArgs args) {
   if (thread_index() / kWarpgroup == Config::kConsumers) {
     registers_down<Config::kProducerRegisters>();
     if (thread_index() % kWarpgroup == 0) copy_panels<C>(args, ring, first);
+    sync_warp();  // the barrier of the cluster takes whole warps
   } else {
     registers_up<Config::kConsumerRegisters>();
     consume<T, C>(args, ring, first);
