@@ -182,7 +182,7 @@ found = cuda._library()
 assert found.riformer_cuda_architectures() == b"80, 90a"
 served = [a for a in (70, 75, 80, 86, 89, 90, 100, 120) if found.riformer_cuda_serves(a)]
 assert served == [80, 86, 89, 90, 100, 120], served
-hopper, ampere = (found.riformer_cuda_choice(64, 256, 3136, 1, a).decode() for a in (90, 80))
+hopper, ampere = (found.riformer_cuda_choice(8, 64, 256, 3136, 1, a, 132).decode() for a in (90, 80))
 assert hopper and ampere and hopper != ampere, (hopper, ampere)
 print("driver:", found.riformer_cuda_driver_error().decode())
 """

@@ -1,5 +1,6 @@
-"""On a GPU: numbers, bits, graphs, streams, threads, bad input, the engine. Everything here is skipped, with the reason,
-where there is none (`pytest -m gpu`); what can be known without one is in `test_triton.py` and `test_triton_ahead.py`."""
+"""On a GPU: numbers, bits, graphs, streams, threads, bad input, the engine, for both of its backends. Everything here is
+skipped, with the reason, where there is none (`pytest -m gpu`, with `-k "not triton"` or `-k triton` for one of them); what can be known
+without one is in `test_triton.py`, `test_triton_ahead.py`, `test_cuda.py` and `test_cuda_build.py`."""
 
 from __future__ import annotations
 
@@ -10,22 +11,57 @@ import pytest
 import torch
 from riformer.model import RIFormer
 from riformer.randomize import randomize_
-from support_ops import SEMANTICS, Block, all_pairs, block_parameters, check_block, check_ratios, native_block, tokens
-from test_embed import DOWNSAMPLE, STEM, Embed, check_embed, native_embed
-from test_head import check_head, native_head
+from support_ops import (
+    EPS,
+    PARAMETERS,
+    SEMANTICS,
+    Block,
+    all_pairs,
+    block_parameters,
+    check_block,
+    check_ratios,
+    tokens,
+)
+from test_embed import DOWNSAMPLE, STEM, Embed, check_embed
+from test_head import check_head
 from test_norm import check_norm
 
 import riformer_kernels
-from riformer_kernels import BackendError, Engine, InputError
-from riformer_kernels.backends import triton
+from riformer_kernels import BackendError, Engine, InputError, backends
 
-REASON = triton.unusable()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=f"no GPU to run on: {REASON}")]
+REASONS = {name: backends.ALL[name].unusable() for name in ("triton", "cuda")}
+NOWHERE = f"no GPU to run on: {'; '.join(f'{name}: {reason}' for name, reason in REASONS.items())}"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(all(REASONS.values()), reason=NOWHERE)]
 
 ARCHS = ("s12", "s24", "s36", "m36", "m48")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(params=REASONS, autouse=True)
+def name(request) -> str:
+    """The backend under test."""
+    if reason := REASONS[request.param]:
+        pytest.skip(f"backend {request.param!r}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def run(name) -> backends.Backend:
+    """Its ops."""
+    return backends.ALL[name]
+
+
+@pytest.fixture
+def patched(name):
+    """Patches a model with it, unverified unless said otherwise."""
+
+    def patch(model, **options):
+        riformer_kernels.patch(model, **({"verify": False, "backend": name} | options))
+        return model
+
+    return patch
 
 
 @pytest.fixture(autouse=True)
@@ -51,11 +87,6 @@ def images_of(batch, size, dtype, layout="nchw", seed=0) -> torch.Tensor:
     return x.contiguous(memory_format=FORMATS[layout])
 
 
-def patched(model, **options):
-    riformer_kernels.patch(model, **({"verify": False} | options))
-    return model
-
-
 # ----------------------------------------------------------------------------------------------------------- numbers
 
 GRID = all_pairs(
@@ -66,14 +97,27 @@ GRID = all_pairs(
 
 
 @pytest.mark.parametrize("case", [*SEMANTICS, *GRID], ids=str)
-def test_block(case):
+def test_block(run, case):
     """Judged by eager PyTorch on the CPU, whose float32 is exact on every machine."""
 
-    def run(x, parameters):
-        found = native_block(on_gpu(x), {key: on_gpu(value) for key, value in parameters.items()})
-        return [value.cpu() for value in found]
+    def block(x, parameters):
+        x = on_gpu(x)
+        found = None if parameters["per_position"] else run.moments(x)
+        return [value.cpu() for value in run.block(x, found, *(on_gpu(parameters[key]) for key in PARAMETERS))]
 
-    check_block(run, case, "cuda")
+    check_block(block, case, run.name)
+
+
+@per_dtype
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("norm", ["gn", "ln"])
+def test_block_in_place(run, dtype, norm, layout):
+    case = Block(96, (9, 7), dtype, norm, layout=layout)
+    x, parameters = on_gpu(tokens(case, 0, 96)), [on_gpu(block_parameters(case, 0)[key]) for key in PARAMETERS]
+    found = None if norm == "ln" else run.moments(x)
+    expected, expected_moments = run.block(x, found, *parameters)
+    run.block_(x, found, *parameters)
+    assert torch.equal(x, expected) and (found is None or torch.equal(found, expected_moments))
 
 
 @per_dtype
@@ -83,26 +127,32 @@ def test_block(case):
      Embed(128, 320, **DOWNSAMPLE, size=(9, 7)), Embed(15, 24, **DOWNSAMPLE, bias=False)],
     ids=str,
 )  # fmt: skip
-def test_embed(case, dtype):
-    def run(x, parameters, kind):
-        out, moments = native_embed(on_gpu(x), {key: on_gpu(value) for key, value in parameters.items()}, kind)
+def test_embed(run, case, dtype):
+    def embed(x, p, kind):
+        out, moments = run.embed(
+            on_gpu(x), on_gpu(p["weight"]), on_gpu(p["bias"]), p["stride"], p["padding"], kind, True
+        )
         return out.cpu().contiguous(), moments.cpu()
 
-    check_embed(run, Embed(**{**vars(case), "dtype": dtype}), "cuda")
+    check_embed(embed, Embed(**{**vars(case), "dtype": dtype}), run.name)
 
 
 @per_dtype
 @pytest.mark.parametrize("norm", ["gn", "ln"])
-def test_norm_and_head(dtype, norm):
-    def run_norm(x, *rest):
-        return torch.ops.riformer.norm(
-            on_gpu(x), None if norm == "ln" else torch.ops.riformer.moments(on_gpu(x)), *map(on_gpu, rest[:2]),
-            *rest[2:4], rest[4] or x.dtype,
-        ).cpu()  # fmt: skip
+def test_norm_and_head(run, dtype, norm):
+    def moments(x):
+        return None if norm == "ln" else run.moments(x)
 
-    check_norm(run_norm, Block(96, (17, 20), dtype, norm, layout="channels_last"), "cuda")
-    run_head = lambda x, p, flag, kind: native_head(on_gpu(x), [on_gpu(v) for v in p], flag, kind).cpu()  # noqa: E731
-    check_head(run_head, Block(512, (7, 7), dtype, norm, batch=12), 1000, "cuda")
+    def run_norm(x, weight, bias, eps, per_position, kind):
+        x = on_gpu(x)
+        return run.norm(x, moments(x), on_gpu(weight), on_gpu(bias), eps, per_position, kind or x.dtype).cpu()
+
+    def run_head(x, p, per_position, kind):
+        x, p = on_gpu(x), [on_gpu(value) for value in p]
+        return run.head(x, moments(x), p[0], p[1], EPS, p[2], p[3], per_position, kind or x.dtype).cpu()
+
+    check_norm(run_norm, Block(96, (17, 20), dtype, norm, layout="channels_last"), run.name)
+    check_head(run_head, Block(512, (7, 7), dtype, norm, batch=12), 1000, run.name)
 
 
 @pytest.mark.slow
@@ -111,20 +161,20 @@ def test_norm_and_head(dtype, norm):
 @pytest.mark.parametrize(("size", "batch"), [(224, 1), (224, 3), (224, 64), (384, 1), (384, 3)])
 @pytest.mark.parametrize("arch", ARCHS)
 @torch.inference_mode()
-def test_model(arch, size, batch, layout, dtype):
+def test_model(name, arch, size, batch, layout, dtype):
     model = model_of(arch, dtype).to(memory_format=FORMATS[layout])
     x = images_of(batch, size, dtype, layout)
     few = slice(0, 4)  # float64 is slow; batch invariance has a test of its own
     eager, golden = model(x)[few], copy.deepcopy(model).double()(x[few].double())
-    handle = riformer_kernels.patch(model, image_size=size)
-    assert all(row.backend.startswith("triton") for row in handle.report), str(handle)
-    check_ratios(model(x)[few], eager, golden, f"{arch} {dtype} {layout} {size} batch {batch}")
+    handle = riformer_kernels.patch(model, image_size=size, backend=name)
+    assert all(row.backend.startswith(name) for row in handle.report), str(handle)
+    check_ratios(model(x)[few], eager, golden, f"{name} {arch} {dtype} {layout} {size} batch {batch}")
 
 
 @per_dtype
 @pytest.mark.parametrize("deploy", [True, False])
 @torch.inference_mode()
-def test_features_and_training_form(dtype, deploy):
+def test_features_and_training_form(patched, dtype, deploy):
     model = model_of("s12", dtype, classes=0, deploy=deploy)
     x = images_of(2, 97, dtype)
     eager, golden = model(x), copy.deepcopy(model).double()(x.double())
@@ -138,7 +188,7 @@ def test_features_and_training_form(dtype, deploy):
 @per_dtype
 @pytest.mark.parametrize("arch", ["s12", "m36"])
 @torch.inference_mode()
-def test_same_bits_again_alone_and_in_any_batch(arch, dtype):
+def test_same_bits_again_alone_and_in_any_batch(patched, arch, dtype):
     model = patched(model_of(arch, dtype))
     x = images_of(67, 224, dtype)
     out = model(x)
@@ -151,7 +201,7 @@ def test_same_bits_again_alone_and_in_any_batch(arch, dtype):
 
 @per_dtype
 @torch.inference_mode()
-def test_a_graph_replays_the_same_bits_on_new_images_and_new_weights(dtype):
+def test_a_graph_replays_the_same_bits_on_new_images_and_new_weights(patched, dtype):
     model = patched(model_of("s12", dtype))
     static, other = images_of(3, 224, dtype), images_of(3, 224, dtype, seed=1)
     model(static)
@@ -169,7 +219,7 @@ def test_a_graph_replays_the_same_bits_on_new_images_and_new_weights(dtype):
 
 
 @torch.inference_mode()
-def test_two_streams_and_two_threads():
+def test_two_streams_and_two_threads(patched):
     model = patched(model_of("s12", torch.bfloat16))
     inputs = [images_of(5, 224, torch.bfloat16, seed=seed) for seed in range(8)]
     expected = [model(x) for x in inputs]
@@ -198,9 +248,11 @@ def test_two_streams_and_two_threads():
 
 
 @torch.inference_mode()
-def test_no_synchronisation_and_no_other_kernel():
-    """Between input and logits: our launches and nothing else (channels_last weights of no copy, either)."""
-    model = patched(model_of("s12", torch.bfloat16))
+def test_no_synchronisation_and_no_other_kernel(name, patched):
+    """Between input and logits: our launches and nothing else. In CUDA C++ the convolutions' weights are read as a
+    channels_last model has them; Triton's kernels reorder others."""
+    model = model_of("s12", torch.bfloat16)
+    model = patched(model.to(memory_format=torch.channels_last) if name == "cuda" else model)
     x = images_of(2, 224, torch.bfloat16)
     model(x)
     before = torch.cuda.get_sync_debug_mode()
@@ -212,14 +264,29 @@ def test_no_synchronisation_and_no_other_kernel():
         torch.cuda.set_sync_debug_mode(before)
     torch.cuda.synchronize()
     names = {event.key for event in profile.key_averages()}
-    if not any("fused_kernel" in name for name in names):
+    if not any("fused_kernel" in kernel or "riformer" in kernel for kernel in names):
         pytest.skip("the profiler sees no kernels on this machine")
-    strangers = {name for name in names if "at::native" in name or "cudnn" in name or "cublas" in name}
+    strangers = {kernel for kernel in names if any(other in kernel for other in ("at::native", "cudnn", "cublas"))}
     assert not strangers, strangers
 
 
 @torch.inference_mode()
-def test_offsets_beyond_2_31():
+def test_a_device_that_is_not_the_current_one(run):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    case = Block(96, (9, 7), torch.bfloat16)
+    x, parameters = tokens(case, 0, 96), [block_parameters(case, 0)[key] for key in PARAMETERS]
+    there = lambda value: value.to("cuda:1") if isinstance(value, torch.Tensor) else value  # noqa: E731
+    found = run.block(there(x), run.moments(there(x)), *map(there, parameters))[0]
+    assert torch.cuda.current_device() == 0 and found.device.index == 1
+    assert torch.equal(found.cpu(), run.block(on_gpu(x), run.moments(on_gpu(x)), *map(on_gpu, parameters))[0].cpu())
+    if run.name == "cuda":
+        with pytest.raises(RuntimeError, match="is on cuda:0 and the tokens are on cuda:1; move one of them"):
+            run.block(there(x), run.moments(there(x)), *map(on_gpu, parameters))
+
+
+@torch.inference_mode()
+def test_offsets_beyond_2_31(patched):
     """Tokens of the first stage pass 2^31 elements; the last image has to be right."""
     if torch.cuda.mem_get_info()[0] < 40e9:
         pytest.skip("less than 40 GB of GPU memory are free")
@@ -233,7 +300,7 @@ def test_offsets_beyond_2_31():
 
 
 @torch.inference_mode()
-def test_fresh_weights():
+def test_fresh_weights(patched):
     model, x = patched(model_of("s12", torch.bfloat16)), images_of(2, 224, torch.bfloat16)
     before = model(x)
     state = {name: value.flip(0) for name, value in model.state_dict().items()}
@@ -246,19 +313,19 @@ def test_fresh_weights():
 
 
 @torch.inference_mode()
-def test_bad_input_and_moves():
+def test_bad_input_and_moves(name, patched):
     model, x = patched(model_of("s12")), images_of(2, 224, torch.float32)
     expected = model(x)
     with pytest.raises(InputError, match="found images on cpu"):
         model(x.cpu())
     assert torch.equal(model(x), expected)
-    explicit = patched(model_of("s12"), backend="triton").cpu()
+    explicit = patched(model_of("s12"), backend=name).cpu()
     with pytest.raises(BackendError, match="it serves cuda tensors"):
         explicit(x.cpu())
     assert torch.equal(explicit.cuda()(x), expected)
 
 
-def test_compile_and_opcheck():
+def test_compile_and_opcheck(run, patched):
     model, x = patched(model_of("s12", torch.bfloat16)), images_of(2, 224, torch.bfloat16)
     with torch.inference_mode():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -268,13 +335,13 @@ def test_compile_and_opcheck():
         values = tokens(case, 0, 24).cuda().contiguous(memory_format=FORMATS[layout])
         arguments = [on_gpu(value) for value in block_parameters(case, 0).values()]
         torch.library.opcheck(
-            torch.ops.riformer.block.default, (values, torch.ops.riformer.moments(values), *arguments),
+            run.block, (values, run.moments(values), *arguments),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_engine(device):
+def test_engine(patched, device):
     model = patched(model_of("s12", torch.bfloat16), image_size=96)
     engine = Engine(model, (1, 4, 16), 96)
     for count in (0, 1, 3, 4, 16, 21):
@@ -294,7 +361,7 @@ def model_now(model, x):
     return model(x)
 
 
-def test_engine_of_many_threads():
+def test_engine_of_many_threads(patched):
     model = patched(model_of("s12", torch.bfloat16), image_size=96)
     engine = Engine(model, (1, 4), 96)
     inputs = [images_of(1 + index % 6, 96, torch.bfloat16, seed=index) for index in range(12)]
@@ -315,7 +382,7 @@ def test_engine_of_many_threads():
     assert not wrong
 
 
-def test_out_of_memory_leaves_everything_usable():
+def test_out_of_memory_leaves_everything_usable(patched):
     model = patched(model_of("s12", torch.bfloat16), image_size=96)
     x = images_of(2, 96, torch.bfloat16)
     expected = model_now(model, x)

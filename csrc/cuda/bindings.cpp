@@ -298,13 +298,13 @@ STABLE_TORCH_LIBRARY_IMPL(riformer_cuda, CUDA, library) {
 RIFORMER_EXPORT const char* riformer_cuda_architectures() { return RIFORMER_ARCHITECTURES; }
 
 // What `block` would run, see block_choice, or why nothing; dtype as in DType.
-RIFORMER_EXPORT const char* riformer_cuda_choice(int64_t channels, int64_t hidden, int64_t positions, int dtype,
-                                                 int architecture) {
+RIFORMER_EXPORT const char* riformer_cuda_choice(int64_t batch, int64_t channels, int64_t hidden, int64_t positions,
+                                                 int dtype, int architecture, int processors) {
   static thread_local std::string text;
   riformer::cuda::BlockArgs args{};
-  args.device.architecture = architecture;
+  args.device = {architecture, processors, nullptr};
   args.dtype = static_cast<DType>(dtype);
-  args.batch = 1;
+  args.batch = batch;
   args.positions = positions;
   args.channels = channels;
   args.hidden = hidden;
@@ -317,8 +317,8 @@ RIFORMER_EXPORT const char* riformer_cuda_choice(int64_t channels, int64_t hidde
 }
 
 #if defined(RIFORMER_EMULATED)
-RIFORMER_EXPORT void riformer_cuda_set_architecture(int architecture) {
-  riformer::cuda::emulated_architecture() = architecture;
+RIFORMER_EXPORT void riformer_cuda_set_device(int architecture, int processors) {
+  riformer::cuda::emulated_device() = {architecture, processors, nullptr};
 }
 RIFORMER_EXPORT void riformer_cuda_set_seed(uint64_t seed) { riformer::emulator::set_seed(seed); }
 #else

@@ -14,10 +14,10 @@
 // 59 MFLOP in the stem and 116, 145 and 145 in the downsamplings, which is 0.08, 0.15, 0.18 and 0.18 us at the 790
 // TFLOP/s measured for large products on an H200, and perhaps twice that with mma.sync and tiles of 128 x 128: 0.6 to
 // 1.2 us. The outputs are 401, 201, 125 and 50 KB in 16 bits. A moments pass reads these 0.78 MB again, 0.18 us at 4.3
-// TB/s; here the moments cost 8 bytes per channel and slot. For the stem cuDNN's fast kernels want channels_last, 16-bit
-// images with their 3 channels padded to 8: making and reading such a copy of a float32 image moves 2.2 MB in place of
-// 0.6, another 0.37 us. So where bytes and operations count, a library's convolutions would have to take half the time
-// of these to win; and at batch 1, where launches count, it would start four kernels more for the four convolutions.
+// TB/s; here the moments cost 8 bytes per channel and slot. For the stem cuDNN's fast kernels want channels_last images
+// of 16 bits with their 3 channels padded to 8: making and reading such a copy of a float32 image moves 2.2 MB in place
+// of 0.6, another 0.37 us. So where bytes and operations count, a library's convolutions would have to take half the
+// time of these to win; and at batch 1, where launches count, it would start four kernels more for four convolutions.
 #pragma once
 
 #include "moments.h"

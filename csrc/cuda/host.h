@@ -101,14 +101,23 @@ class Call {
 
 inline bool served(const Tensor& tensor) { return tensor.is_cpu(); }
 
-inline int& emulated_architecture() {
-  static int architecture = 90;
-  return architecture;
+inline Device& emulated_device() {
+  static Device device{90, 4, nullptr};
+  return device;
+}
+
+// Shared memory of a thread block (CUDA programming guide, technical specifications per compute capability).
+inline int64_t shared_limit(int architecture) {
+  switch (architecture) {
+    case 80: case 87: return 163 * 1024;
+    case 86: case 89: case 120: return 99 * 1024;
+    default: return 227 * 1024;
+  }
 }
 
 class Call {
  public:
-  explicit Call(const Tensor&) : device_{emulated_architecture(), 4, nullptr} {}
+  explicit Call(const Tensor&) : device_(emulated_device()) { emulator::set_shared_limit(shared_limit(device_.architecture)); }
   const Device& device() const { return device_; }
   // Memory for `out`, copied there by `finish`.
   void* result(const Tensor& out) {

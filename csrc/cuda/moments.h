@@ -111,8 +111,8 @@ struct SlotMomentsArgs {
 // by asynchronous copies, 128 bytes each, and slot_moments takes them from there: the same function, and so the same
 // bits, as in the epilogue of a kernel that writes tokens. Shared memory: tiles of 64 rows x 8 pieces of 16 bytes, a
 // piece at piece ^ (row % 8) so that 8 rows of one piece lie in 8 different banks; behind them the slots' moments
-// [slots, 2, 8 pieces]. A tile is 8 KB and x is read once. About 170 instructions per 16 bytes x 64 rows: that is 5 TB/s
-// on 132 multiprocessors at 1.7 GHz, so memory is the limit, though by little.
+// [slots, 2, 8 pieces]. A tile is 8 KB and x is read once. About 170 instructions per 16 bytes x 64 rows: 5 TB/s on 132
+// multiprocessors at 1.7 GHz, so memory is the limit, though by little.
 template <class T>
 RIFORMER_KERNEL(kMomentsThreads, 4) slot_moments_kernel(RIFORMER_GRID_CONSTANT SlotMomentsArgs args) {
   constexpr int kColumns = kMomentsPieces * kPerPiece<T>;

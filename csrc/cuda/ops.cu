@@ -1,6 +1,9 @@
 // The ops of kernels.h but for `block`.
+#include "convert.h"
 #include "embed.h"
+#include "head.h"
 #include "moments.h"
+#include "norm.h"
 
 namespace riformer::cuda {
 
@@ -14,5 +17,14 @@ void moments(const MomentsArgs& args) {
 
 int64_t embed_workspace(const EmbedArgs& args) { return embed_plan(args).workspace(); }
 void embed(const EmbedArgs& args) { launch_embed(args); }
+
+void norm(const NormArgs& args) { launch_norm(args); }
+
+int64_t head_workspace(const HeadArgs& args) { return pool_sums_count(args) * 4; }
+void head(const HeadArgs& args) { launch_head(args); }
+
+void convert(const Device& device, const void* from, DType from_dtype, void* to, DType to_dtype, int64_t count) {
+  launch_convert(device, from, from_dtype, to, to_dtype, count);
+}
 
 }  // namespace riformer::cuda

@@ -120,6 +120,23 @@ RIFORMER_DEVICE Vec16 pack_piece(const float* values) {
   return piece;
 }
 
+// Values of consecutive elements, from a multiple of `Count` on, in any dtype.
+template <int Count>
+RIFORMER_DEVICE void store_values(void* out, DType dtype, int64_t at, const float (&values)[Count]) {
+  static_assert(Count == 4 || Count == 8, "a piece of float32 or of 16-bit values");
+  if (dtype == DType::f32) {
+    RIFORMER_UNROLL
+    for (int i = 0; i < Count; i += 4) store_16(static_cast<float*>(out) + at + i, pack_piece<float>(values + i));
+    return;
+  }
+  Vec16 piece;
+  RIFORMER_UNROLL
+  for (int i = 0; i < Count / 2; ++i)
+    piece.word[i] = dtype == DType::bf16 ? pack<bf16>(values[2 * i], values[2 * i + 1])
+                                         : pack<f16>(values[2 * i], values[2 * i + 1]);
+  std::memcpy(static_cast<uint16_t*>(out) + at, &piece, 2 * Count);
+}
+
 // ---------------------------------------------------------------------------------------- LayerNorm, a row at a time
 
 // A row of tokens between `Lanes` neighbouring lanes, each with every Lanes-th piece of 16 bytes: `Held` of them in
@@ -182,6 +199,31 @@ RIFORMER_DEVICE PositionStatistics position_statistics(const Row<T, Lanes, Held>
   const float variance = lane_sum<Lanes>(squares) / static_cast<float>(channels);
   return {first, shift, 1.f / sqrtf(variance + eps)};
 }
+
+// Those of `rows` consecutive rows, by all `threads` of a block, into shared memory.
+template <class T, int Lanes>
+RIFORMER_DEVICE void tile_statistics(const T* x, int rows, int channels, float eps, PositionStatistics* found,
+                                     int threads) {
+  const int group = thread_index() / Lanes;
+  for (int first = 0; first < rows; first += threads / Lanes) {  // whole warps: shuffles
+    const int row = first + group;
+    const Row<T, Lanes, 0> values(x + static_cast<int64_t>(row) * channels, row < rows ? channels / kPerPiece<T> : 0);
+    const PositionStatistics statistics = position_statistics(values, channels, eps);
+    if (row < rows && thread_index() % Lanes == 0) found[row] = statistics;
+  }
+  sync_block();
+}
+
+// How a block of `threads` is laid over rows and pieces of 16 bytes: neighbours take neighbouring pieces, `step` rows
+// at a time; with more pieces than threads, all threads a row, in several rounds (`piece` then goes on by `threads`).
+struct TileShare {
+  int span, step, row, piece;
+
+  RIFORMER_DEVICE TileShare(int pieces, int threads)
+      : span(pieces < threads ? pieces : threads), step(threads / span), row(thread_index() / span),
+        piece(thread_index() % span) {}
+  RIFORMER_DEVICE bool idle() const { return row >= step; }
+};
 
 // How a row of `channels` is divided: narrow rows between 8 lanes (up to 5 pieces each), others between 32 (up to 6).
 enum class RowForm { narrow, wide, any };

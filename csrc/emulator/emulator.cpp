@@ -82,6 +82,7 @@ struct Run {
 thread_local Run* running = nullptr;
 thread_local Fibre* current = nullptr;
 thread_local std::mt19937_64 generator(0);
+thread_local int64_t shared_limit = 232448;  // sm_90, which has the most
 
 // A fibre is entered by setcontext once, and then by longjmp, which makes no system call.
 void yield() {
@@ -264,6 +265,7 @@ float value_of(uint32_t word, int half, bool is_bf16) {
 void fail(const std::string& what) { throw std::runtime_error("emulator: " + place() + ": " + what); }
 
 void set_seed(uint64_t seed) { generator.seed(seed); }
+void set_shared_limit(int64_t bytes) { shared_limit = bytes; }
 bool coin() { return generator() & 1; }
 void happened() { ++running->events; }
 void later(std::function<void()> action) { running->deferred.push_back(std::move(action)); }
@@ -273,7 +275,9 @@ void run(const Grid& grid, const std::string& name, const std::function<void()>&
   if (grid.cluster < 1 || grid.blocks % grid.cluster)
     throw std::runtime_error("emulator: " + name + ": the blocks are no multiple of the cluster");
   if (grid.threads < 1 || grid.threads > 1024) throw std::runtime_error("emulator: " + name + ": 1 to 1024 threads");
-  if (grid.shared_bytes > 232448) throw std::runtime_error("emulator: " + name + ": more shared memory than any GPU has");
+  if (grid.shared_bytes > shared_limit)
+    throw std::runtime_error("emulator: " + name + ": this GPU gives a thread block " + std::to_string(shared_limit) +
+                             " bytes of shared memory");
   Run state;
   state.grid = grid;
   state.name = name;

@@ -24,6 +24,7 @@ struct Grid {
 // Throws std::runtime_error with `name`, block and thread when a kernel does what a GPU would not forgive.
 void run(const Grid& grid, const std::string& name, const std::function<void()>& kernel);
 void set_seed(uint64_t seed);
+void set_shared_limit(int64_t bytes);  // of a thread block
 
 int thread_index();
 int64_t block_index();

@@ -52,7 +52,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     for name in ("riformer_cuda_architectures", "riformer_cuda_driver_error", "riformer_cuda_choice"):
         getattr(library, name).restype = ctypes.c_char_p
-    library.riformer_cuda_choice.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
+    library.riformer_cuda_choice.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] * 3
     return library
 
 

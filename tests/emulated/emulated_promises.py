@@ -129,16 +129,31 @@ def test_in_place_where_the_kernels_cannot_write(layout):
     assert same((x, statistics), expected)
 
 
+@per_case
+def test_each_form_of_a_block_gives_the_same_bits(architecture, case):  # noqa: F811
+    """How many multiprocessors there are, and how many rows for them, decides between one kernel and two, in tiles for
+    many rows or for few. A GPU with one has always many rows, one with 1000 has always few."""
+    x, parameters = arguments_of(case)
+    expected = run_block(x, parameters)
+    for processors in (1, 1000):
+        with emulated(architecture, processors):
+            assert same(run_block(x, parameters), expected), processors
+
+
+def test_the_cases_take_every_form():
+    forms = {choice(case, architecture, many) for case in CASES for architecture in ARCHITECTURES for many in (1, 1000)}
+    assert len(forms) > len(CASES), forms
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_choice_depends_on_the_shape_alone(architecture, dtype):
-    """Every width of the models at 224 and 384 pixels has one; that the batch is no part of it shows in the bits above."""
+def test_every_block_of_the_models_has_kernels(architecture, dtype):
+    """At 224 and at 384 pixels, alone and in a batch, on the largest GPU."""
     for channels in (64, 96, 128, 192, 320, 384, 512, 768):
-        for positions in (49, 144, 196, 784, 3136, 9216):
-            first = choice(channels, 4 * channels, positions, dtype, architecture)
-            assert first and first == choice(channels, 4 * channels, positions, dtype, architecture)
-            assert "riformer" not in first, first  # an error
-    assert len({choice(channels, 4 * channels, 196, dtype, architecture) for channels in (64, 320, 768)}) > 1
+        for side in (7, 12, 14, 24, 28, 48, 56, 96):
+            for batch in (1, 64):
+                found = choice(Block(channels, (side, side), dtype, batch=batch), architecture, 132)
+                assert found and "riformer" not in found, found
 
 
 # ------------------------------------------------------------------------------------------------- isolation, guards
@@ -281,13 +296,11 @@ def test_a_compiled_model_calls_these_ops(backend):
         assert torch.equal(compiled(x), model(x))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_unit_by_itself(backend, architecture):
+def test_the_unit_by_itself(backend, architecture):  # noqa: F811
     case = Block(64, (5, 5), BRAIN, form="unit", hidden=64)
     x, p = arguments_of(case)
     names = ("norm2_weight", "norm2_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
-    with emulated(architecture):
-        found = riformer_kernels.norm_mlp(
-            x, *(p[name] for name in names), layer_scale=p["layer_scale_2"], backend=NAME, return_moments=True
-        )
-        assert same(found, run_block(x, p))
+    found = riformer_kernels.norm_mlp(
+        x, *(p[name] for name in names), layer_scale=p["layer_scale_2"], backend=NAME, return_moments=True
+    )
+    assert same(found, run_block(x, p))

@@ -16,7 +16,7 @@ import pytest
 import support_ops
 import torch
 from support_native import build
-from support_ops import EPS, PARAMETERS
+from support_ops import EPS, PARAMETERS, Block
 
 from riformer_kernels import backends, ops
 from riformer_kernels.ops._library import overloads, register
@@ -24,6 +24,7 @@ from riformer_kernels.ops._library import overloads, register
 NAMESPACE = "riformer_emulated"
 NAME = "emulated"
 ARCHITECTURES = (80, 90)
+OTHERS = (86, 120)  # 99 KB of shared memory; the kernels of sm_80
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/common/dtypes.h
 
 
@@ -40,7 +41,7 @@ register(
 torch.ops.load_library(str(_LIBRARY))
 _C = ctypes.CDLL(str(_LIBRARY))
 _C.riformer_cuda_choice.restype = ctypes.c_char_p
-_C.riformer_cuda_choice.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
+_C.riformer_cuda_choice.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] * 3
 _C.riformer_cuda_set_seed.argtypes = [ctypes.c_uint64]
 
 OPS = getattr(torch.ops, NAMESPACE)
@@ -50,9 +51,12 @@ BACKEND = dataclasses.replace(
 )  # fmt: skip
 
 
-def choice(channels: int, hidden: int, positions: int, dtype: torch.dtype, architecture: int) -> str:
+def choice(case: Block, architecture: int, processors: int) -> str:
     """What `block` would run."""
-    return _C.riformer_cuda_choice(channels, hidden, positions, DTYPES[dtype], architecture).decode()
+    positions = case.size[0] * case.size[1]
+    return _C.riformer_cuda_choice(
+        case.batch, case.channels, case.width, positions, DTYPES[case.dtype], architecture, processors
+    ).decode()
 
 
 def seed(value: int) -> None:
@@ -61,13 +65,13 @@ def seed(value: int) -> None:
 
 
 @contextlib.contextmanager
-def emulated(architecture: int) -> Iterator[None]:
-    """The GPU that kernels run on meanwhile."""
-    _C.riformer_cuda_set_architecture(architecture)
+def emulated(architecture: int = 90, processors: int = 4) -> Iterator[None]:
+    """The GPU that kernels run on meanwhile. With 4 multiprocessors two slots of rows are few and three are many."""
+    _C.riformer_cuda_set_device(architecture, processors)
     try:
         yield
     finally:
-        _C.riformer_cuda_set_architecture(90)
+        _C.riformer_cuda_set_device(90, 4)
 
 
 @pytest.fixture(name="architecture", params=ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")

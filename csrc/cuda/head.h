@@ -1,0 +1,253 @@
+// Class scores: the final norm, the average over the positions, the linear layer. With GroupNorm the average of the
+// normed tokens is (mean - mu) rstd gamma + beta, from the moments alone.
+#pragma once
+
+#include "launch.h"
+#include "statistics.h"
+
+namespace riformer::cuda {
+
+constexpr int kHeadThreads = 256, kHeadWarps = kHeadThreads / kWarp;
+constexpr int kPoolRows = 32;
+constexpr int64_t kMostHeadShared = 96 * 1024;
+
+struct PoolArgs {
+  const void* x;  // [B, N, C]
+  float* sums;    // [B, tiles, C]
+  int64_t positions;
+  int channels;
+  float eps;
+};
+
+// Sums over the 32 rows of a tile of (x - mean) rstd, LayerNorm without its weight and bias. First the rows'
+// statistics, then every thread keeps to one piece of 16 bytes of columns and every `step`-th row; the threads of a
+// column are added upwards. Shared memory: three floats per row, then [step, columns] float32, at most 8 KB. x comes
+// from memory once; the later passes find the tile (48 KB with 768 channels of 16 bits) in the nearest cache.
+template <class T, int Lanes>
+RIFORMER_KERNEL(kHeadThreads, 2) pool_kernel(RIFORMER_GRID_CONSTANT PoolArgs args) {
+  constexpr int kValues = kPerPiece<T>;
+  auto* const statistics = reinterpret_cast<PositionStatistics*>(shared_memory());
+  float* const parts = reinterpret_cast<float*>(statistics + kPoolRows);
+  const int64_t tiles = ceil_divide(args.positions, kPoolRows), image = block_index() / tiles;
+  const int64_t start = (block_index() - image * tiles) * kPoolRows, left = args.positions - start;
+  const int rows = static_cast<int>(left < kPoolRows ? left : kPoolRows), channels = args.channels;
+  const T* const x = static_cast<const T*>(args.x) + (image * args.positions + start) * channels;
+  tile_statistics<T, Lanes>(x, rows, channels, args.eps, statistics, kHeadThreads);
+  const TileShare share(channels / kValues, kHeadThreads);
+  const int width = share.span * kValues;
+  for (int base = 0; base < channels; base += width) {
+    const int column = share.piece * kValues, c = base + column;
+    if (!share.idle() && c < channels) {
+      float sums[kValues] = {}, values[kValues];
+      for (int row = share.row; row < rows; row += share.step) {
+        const PositionStatistics of = statistics[row];
+        unpack_piece<T>(load_16(x + static_cast<int64_t>(row) * channels + c), values);
+        RIFORMER_UNROLL
+        for (int i = 0; i < kValues; ++i) sums[i] = multiply_add((values[i] - of.first) - of.shift, of.rstd, sums[i]);
+      }
+      RIFORMER_UNROLL
+      for (int i = 0; i < kValues; ++i) parts[share.row * width + column + i] = sums[i];
+    }
+    sync_block();
+    for (int i = thread_index(); i < width && base + i < channels; i += kHeadThreads) {
+      float sum = 0.f;
+      for (int part = 0; part < share.step; ++part) sum += parts[part * width + i];
+      args.sums[block_index() * channels + base + i] = sum;
+    }
+    sync_block();
+  }
+}
+
+struct HeadKernelArgs {
+  const float* source;  // moments [B, 2, C], or the sums [B, tiles, C] of pool_kernel
+  Parameter norm_weight, norm_bias, fc_weight, fc_bias;
+  void* out;
+  DType out_dtype;
+  int64_t batch, positions, tiles, classes;
+  int channels, rounds;  // rounds: of kHeadWarps * Classes classes that a block goes through
+  float eps;
+  bool per_position, aligned;  // aligned: rows of the weight are on 16-byte boundaries
+};
+
+// Adds P values over the lanes of a warp, each by the same butterfly (16, 8, 4, 2, 1). While there are several values,
+// half of them go to the other half of the lanes: lane l ends up with value l P / 32.
+template <int P>
+RIFORMER_DEVICE float scattered_sum(float (&values)[P]) {
+  const int lane = thread_index() % kWarp;
+  int count = P;
+  RIFORMER_UNROLL
+  for (int mask = kWarp / 2; mask; mask /= 2) {
+    if (count > 1) {
+      count /= 2;
+      RIFORMER_UNROLL
+      for (int i = 0; i < P / 2; ++i) {
+        if (i >= count) continue;
+        const float given = lane & mask ? values[i] : values[i + count];
+        const float kept = lane & mask ? values[i + count] : values[i];
+        values[i] = kept + shuffle_xor(given, mask);
+      }
+    } else {
+      values[0] += shuffle_xor(values[0], mask);
+    }
+  }
+  return values[0];
+}
+
+// Where channel c of an image's features lies: pieces of 8 in two halves, as lanes that read 16 bytes each of pieces
+// that follow each other would meet in the same banks otherwise.
+template <int Values>
+RIFORMER_DEVICE int feature_place(int c, int channels) {
+  return Values == 8 ? c % 8 / 4 * (channels / 2) + c / 8 * 4 + c % 4 : c;
+}
+
+// Scores of `Images` images. First their features, the pooled normed tokens, [Images, C] float32 in shared memory: a
+// warp (or with one image all of them, each for its part) from the moments or the tiles' sums of an image. Then a warp
+// takes `Classes` classes at a time: a lane adds the products of every 32nd piece of 16 bytes of the weight's rows, and
+// the lanes are added by a butterfly. So a score's sum has one order, whatever images and classes are around it.
+// One image: 1000 classes of 512 channels are 1000 warps, which all start at once, and 1 MB of weights, 0.3 us of
+// memory: what it takes is three round trips to memory one after the other. Eight images: a weight is read for all of
+// them and a feature for four classes. Its 16 loads of shared memory take 64 cycles, and its 256 multiply-adds too: at
+// best half the rate of the multiply-adds: 0.5 G of them at a batch of 1024, 30 us where S12's blocks take 5 ms.
+template <class W, int Classes, int Images>
+RIFORMER_KERNEL(kHeadThreads, 2) head_kernel(RIFORMER_GRID_CONSTANT HeadKernelArgs args) {
+  constexpr int kValues = kPerPiece<W>, kShare = kHeadWarps / Images, kPairs = Classes * Images;
+  float* const features = reinterpret_cast<float*>(shared_memory());
+  const int channels = args.channels, warp = thread_index() / kWarp, lane = thread_index() % kWarp;
+  const int64_t groups = ceil_divide(args.classes, int64_t{kHeadWarps} * Classes * args.rounds);
+  const int64_t first_image = block_index() / groups * Images, group = block_index() % groups;
+
+  const int64_t image = first_image + warp / kShare;
+  if (image < args.batch) {
+    float* const mine = features + warp / kShare * channels;
+    const int from = warp % kShare * kWarp + lane;
+    if (args.per_position) {
+      const float* const sums = args.source + image * args.tiles * channels;
+      for (int c = from; c < channels; c += kShare * kWarp) {
+        float sum = 0.f;
+        for (int64_t tile = 0; tile < args.tiles; ++tile) sum += sums[tile * channels + c];
+        const float average = sum / static_cast<float>(args.positions);
+        mine[feature_place<kValues>(c, channels)] =
+            multiply_add(average, load_parameter(args.norm_weight, c), load_parameter(args.norm_bias, c));
+      }
+    } else {
+      const float* const moments = args.source + image * 2 * channels;
+      WarpTeam team;
+      const ImageStatistics of = image_statistics(
+          team, [&](int c) { return moments[c]; }, [&](int c) { return moments[channels + c]; }, moments[0], channels,
+          args.positions, args.eps);
+      for (int c = from; c < channels; c += kShare * kWarp)
+        mine[feature_place<kValues>(c, channels)] =
+            multiply_add((moments[c] - of.first) - of.shift, of.rstd * load_parameter(args.norm_weight, c),
+                         load_parameter(args.norm_bias, c));
+    }
+  }
+  sync_block();
+
+  RIFORMER_NO_UNROLL
+  for (int round = 0; round < args.rounds; ++round) {
+    const int64_t first_class = ((group * args.rounds + round) * kHeadWarps + warp) * Classes;
+    if (first_class >= args.classes) break;
+    float sums[kPairs] = {};
+    for (int piece = lane; piece < channels / kValues; piece += kWarp) {
+      float weights[Classes][kValues];
+      RIFORMER_UNROLL
+      for (int k = 0; k < Classes; ++k) {
+        // Behind the last class: the last one again, not stored.
+        const int64_t row = first_class + k < args.classes ? first_class + k : args.classes - 1;
+        const W* const from = static_cast<const W*>(args.fc_weight.data) + row * channels + piece * kValues;
+        if (args.aligned) {
+          unpack_piece<W>(load_16(from), weights[k]);
+        } else {
+          RIFORMER_UNROLL
+          for (int i = 0; i < kValues; ++i) weights[k][i] = to_float(from[i]);
+        }
+      }
+      RIFORMER_UNROLL
+      for (int j = 0; j < Images; ++j) {
+        RIFORMER_UNROLL
+        for (int half = 0; half < kValues / 4; ++half) {
+          float feature[4];
+          unpack_piece<float>(load_16(features + j * channels + half * (channels / 2) + piece * 4), feature);
+          RIFORMER_UNROLL
+          for (int k = 0; k < Classes; ++k) {
+            RIFORMER_UNROLL
+            for (int i = 0; i < 4; ++i)
+              sums[k * Images + j] = multiply_add(weights[k][4 * half + i], feature[i], sums[k * Images + j]);
+          }
+        }
+      }
+    }
+    const float sum = scattered_sum(sums);
+    const int pair = lane * kPairs / kWarp;
+    const int64_t scored = first_class + pair / Images, of = first_image + pair % Images;
+    if (lane % (kWarp / kPairs) != 0 || scored >= args.classes || of >= args.batch) continue;
+    const float score = args.fc_bias.data ? sum + load_parameter(args.fc_bias, scored) : sum;
+    const int64_t at = of * args.classes + scored;
+    if (args.out_dtype == DType::f32) static_cast<float*>(args.out)[at] = score;
+    else if (args.out_dtype == DType::bf16) static_cast<bf16*>(args.out)[at] = from_float<bf16>(score);
+    else static_cast<f16*>(args.out)[at] = from_float<f16>(score);
+  }
+}
+
+inline int64_t pool_sums_count(const HeadArgs& args) {
+  return args.per_position ? args.batch * ceil_divide(args.positions, kPoolRows) * args.channels : 0;
+}
+
+template <class T>
+void launch_pool(const HeadArgs& args, float* sums) {
+  const PoolArgs pool{args.x, sums, args.positions, static_cast<int>(args.channels), args.eps};
+  const Launch how{"pool", args.batch * ceil_divide(args.positions, kPoolRows), kHeadThreads,
+                   kPoolRows * static_cast<int64_t>(sizeof(PositionStatistics)) + kHeadThreads * kPerPiece<T> * 4, 1,
+                   args.device.stream};
+  if (row_form(args.channels, sizeof(T)) == RowForm::narrow) launch(pool_kernel<T, 8>, how, pool);
+  else launch(pool_kernel<T, 32>, how, pool);
+}
+
+template <class W, int Classes, int Images>
+void launch_scores(HeadKernelArgs args, const Device& device) {
+  const int64_t images = ceil_divide(args.batch, Images), groups = ceil_divide(args.classes, kHeadWarps * Classes);
+  // Several rounds for the same features, as long as every multiprocessor has four blocks.
+  const int64_t rounds = images * groups / (4 * device.processors);
+  args.rounds = static_cast<int>(rounds < 1 ? 1 : rounds > 8 ? 8 : rounds);
+  const int64_t blocks = images * ceil_divide(args.classes, int64_t{kHeadWarps} * Classes * args.rounds);
+  const int64_t shared = int64_t{Images} * args.channels * 4;
+  if (shared > kMostHeadShared)
+    throw std::runtime_error("riformer: head: " + std::to_string(args.channels) + " channels, at most 24576 fit");
+  launch(head_kernel<W, Classes, Images>, {"head", blocks, kHeadThreads, shared, 1, device.stream}, args);
+}
+
+template <class W>
+void launch_head_of(const HeadKernelArgs& args, const Device& device) {
+  if (args.batch > 8 && 8 * int64_t{args.channels} * 4 <= kMostHeadShared) launch_scores<W, 4, 8>(args, device);
+  else launch_scores<W, 1, 1>(args, device);
+}
+
+inline void launch_head(const HeadArgs& args) {
+  float* const sums = static_cast<float*>(args.workspace);
+  if (args.per_position) {
+    if (args.dtype == DType::f32) launch_pool<float>(args, sums);
+    if (args.dtype == DType::bf16) launch_pool<bf16>(args, sums);
+    if (args.dtype == DType::f16) launch_pool<f16>(args, sums);
+  }
+  const HeadKernelArgs kernel{args.per_position ? sums : args.moments,
+                              args.norm_weight,
+                              args.norm_bias,
+                              args.fc_weight,
+                              args.fc_bias,
+                              args.out,
+                              args.out_dtype,
+                              args.batch,
+                              args.positions,
+                              ceil_divide(args.positions, kPoolRows),
+                              args.classes,
+                              static_cast<int>(args.channels),
+                              1,
+                              args.eps,
+                              args.per_position,
+                              reinterpret_cast<uintptr_t>(args.fc_weight.data) % 16 == 0};
+  if (args.fc_weight.dtype == DType::f32) launch_head_of<float>(kernel, args.device);
+  if (args.fc_weight.dtype == DType::bf16) launch_head_of<bf16>(kernel, args.device);
+  if (args.fc_weight.dtype == DType::f16) launch_head_of<f16>(kernel, args.device);
+}
+
+}  // namespace riformer::cuda

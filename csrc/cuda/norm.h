@@ -1,0 +1,92 @@
+// The norm of tokens: GroupNorm from moments, or LayerNorm of each position.
+#pragma once
+
+#include "launch.h"
+#include "statistics.h"
+
+namespace riformer::cuda {
+
+constexpr int kNormThreads = 256;
+constexpr int kMostNormRows = 256;
+
+struct NormKernelArgs {
+  const void* x;         // [B, N, C]
+  const float* moments;  // [B, 2, C]
+  Parameter weight, bias;
+  void* out;
+  DType out_dtype;
+  int64_t positions;
+  int channels, rows;  // rows: of a tile
+  float eps;
+};
+
+// A tile of one image's rows: first the statistics, of the image (each block takes them anew from 8 bytes a channel) or
+// of each row; then every thread keeps to one piece of 16 bytes of columns and goes down the rows. Shared memory: three
+// floats per row and the 64 of BlockTeam. x is read and the result written once, 16 bytes at a time; with LayerNorm the
+// two passes over a row before that leave the tile, at most 32 KB, in the nearest cache.
+template <class T, int Lanes>  // Lanes: that share a row for its statistics; 0 for GroupNorm
+RIFORMER_KERNEL(kNormThreads, 4) norm_kernel(RIFORMER_GRID_CONSTANT NormKernelArgs args) {
+  constexpr int kValues = kPerPiece<T>;
+  auto* const statistics = reinterpret_cast<PositionStatistics*>(shared_memory());
+  const int64_t tiles = ceil_divide(args.positions, args.rows);
+  const int64_t image = block_index() / tiles, start = (block_index() - image * tiles) * args.rows;
+  const int64_t left = args.positions - start, offset = (image * args.positions + start) * args.channels;
+  const int rows = static_cast<int>(left < args.rows ? left : args.rows), channels = args.channels;
+  const T* const x = static_cast<const T*>(args.x) + offset;
+  PositionStatistics of_image{};
+  if constexpr (Lanes == 0) {
+    BlockTeam team{reinterpret_cast<float*>(statistics + kMostNormRows), kNormThreads};
+    const float* const moments = args.moments + image * 2 * channels;
+    const ImageStatistics found = image_statistics(
+        team, [&](int c) { return moments[c]; }, [&](int c) { return moments[channels + c]; }, moments[0], channels,
+        args.positions, args.eps);
+    of_image = {found.mu, found.low, found.rstd};
+  } else {
+    tile_statistics<T, Lanes>(x, rows, channels, args.eps, statistics, kNormThreads);
+  }
+  const TileShare share(channels / kValues, kNormThreads);
+  if (share.idle()) return;
+  for (int c = share.piece * kValues; c < channels; c += kNormThreads * kValues) {
+    float gamma[kValues], beta[kValues];
+    RIFORMER_UNROLL
+    for (int i = 0; i < kValues; ++i) {
+      gamma[i] = load_parameter(args.weight, c + i);
+      beta[i] = load_parameter(args.bias, c + i);
+    }
+    for (int row = share.row; row < rows; row += share.step) {
+      const PositionStatistics of = Lanes ? statistics[row] : of_image;
+      const int64_t at = static_cast<int64_t>(row) * channels + c;
+      float values[kValues];
+      unpack_piece<T>(load_16(x + at), values);
+      RIFORMER_UNROLL
+      for (int i = 0; i < kValues; ++i)
+        values[i] = multiply_add((values[i] - of.first) - of.shift, of.rstd * gamma[i], beta[i]);
+      store_values(args.out, args.out_dtype, offset + at, values);
+    }
+  }
+}
+
+template <class T>
+void launch_norm_of(const NormArgs& args) {
+  // 32 KB of rows, so that GroupNorm's statistics are little beside them and LayerNorm's rows stay in the cache.
+  const int64_t fitting = 32768 / (args.channels * static_cast<int64_t>(sizeof(T)));
+  const int rows = static_cast<int>(fitting < 8 ? 8 : fitting > kMostNormRows ? kMostNormRows : fitting);
+  const NormKernelArgs kernel{args.x,         args.moments,   args.weight,
+                              args.bias,      args.out,       args.out_dtype,
+                              args.positions, static_cast<int>(args.channels), rows,
+                              args.eps};
+  const Launch how{"norm", args.batch * ceil_divide(args.positions, rows), kNormThreads,
+                   kMostNormRows * static_cast<int64_t>(sizeof(PositionStatistics)) + BlockTeam::kFloats * 4, 1,
+                   args.device.stream};
+  if (!args.per_position) launch(norm_kernel<T, 0>, how, kernel);
+  else if (row_form(args.channels, sizeof(T)) == RowForm::narrow) launch(norm_kernel<T, 8>, how, kernel);
+  else launch(norm_kernel<T, 32>, how, kernel);
+}
+
+inline void launch_norm(const NormArgs& args) {
+  if (args.dtype == DType::f32) launch_norm_of<float>(args);
+  if (args.dtype == DType::bf16) launch_norm_of<bf16>(args);
+  if (args.dtype == DType::f16) launch_norm_of<f16>(args);
+}
+
+}  // namespace riformer::cuda
