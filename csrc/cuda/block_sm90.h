@@ -267,7 +267,7 @@ fused_sm90(RIFORMER_GRID_CONSTANT FusedArgs args) {
   if (thread_index() / kWarpgroup == Config::kConsumers) {
     registers_down<Config::kProducerRegisters>();
     if (thread_index() % kWarpgroup == 0) copy_panels<C>(args, ring, first);
-    sync_warp();  // the barrier of the cluster takes whole warps
+    if (Config::kCluster > 1) sync_warp();  // its barrier takes whole warps; without one this would cost spills
   } else {
     registers_up<Config::kConsumerRegisters>();
     consume<T, C>(args, ring, first);

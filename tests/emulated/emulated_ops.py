@@ -6,7 +6,10 @@ import pytest
 import torch
 from support_emulated import (  # noqa: F401
     OPS,
+    OTHERS,
     architecture_fixture,
+    device_fixture,
+    emulated,
     run_block,
     run_block_,
     run_embed,
@@ -43,23 +46,41 @@ GRID = all_pairs(
     for channels, size, hidden in ((320, (5, 5), 64), (384, (7, 7), 40), (512, (3, 3), 64))
     for dtype, norm, form in zip((*HALF, torch.float32), ("gn", "ln", "gn"), ("training", "deployed", "unit"))
 )  # fmt: skip
-# The model's own ratio of hidden to channels, and a slot per image with many slots.
+# The models' own blocks, at the sizes of their stages or near them.
 WHOLE = (
-    Block(64, (14, 14), torch.bfloat16, batch=1, layout="channels_last"),
-    Block(96, (9, 9), torch.float16, "ln", batch=1, layout="channels_last"),
-    Block(128, (7, 7), torch.bfloat16, "ln", batch=2, residual=False),
-    Block(320, (5, 5), torch.bfloat16, batch=1, layout="channels_last"),
+    Block(64, (56, 56), torch.bfloat16, batch=1, layout="channels_last", form="deployed"),
+    Block(64, (14, 14), torch.float16, batch=3),
+    Block(96, (17, 20), torch.float16, "ln", batch=1, layout="channels_last"),
+    Block(96, (28, 28), torch.bfloat16, batch=1, form="deployed", residual=False),
+    Block(128, (28, 28), torch.bfloat16, batch=1, layout="channels_last"),
+    Block(192, (14, 14), torch.float16, batch=2, residual=False),
+    Block(320, (14, 14), torch.bfloat16, batch=1, layout="channels_last"),
+    Block(320, (5, 5), torch.float16, "ln", batch=2),
+    Block(384, (14, 14), torch.bfloat16, batch=1, residual=False),
+    Block(512, (7, 7), torch.bfloat16, batch=2, layout="channels_last"),
+    Block(768, (7, 7), torch.float16, "ln", batch=1, layout="channels_last"),
+    Block(768, (7, 7), torch.bfloat16, batch=2, form="deployed"),
 )
 
 
 @pytest.mark.parametrize("case", SEMANTICS, ids=str)
-def test_block_semantics(architecture, case):  # noqa: F811
+def test_block_semantics(case):
+    """All float32, whose kernels are the same for every architecture."""
     check_block(run_block, case)
 
 
 @pytest.mark.parametrize("case", [*GRID, *WHOLE], ids=str)
-def test_block(architecture, case):  # noqa: F811
+def test_block(device, case):  # noqa: F811
     check_block(run_block, case)
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+@pytest.mark.parametrize("processors", [1, 1000])
+@pytest.mark.parametrize("channels", [16, 64, 96, 128, 192, 320, 384, 512, 768])
+def test_block_where_shared_memory_is_less(architecture, processors, channels):
+    with emulated(architecture, processors):
+        for dtype in (torch.float32, torch.bfloat16):
+            check_block(run_block, Block(channels, (7, 5), dtype, batch=2, hidden=64, layout="channels_last"))
 
 
 @pytest.mark.parametrize(
@@ -95,8 +116,9 @@ def test_parameters_of_another_dtype(architecture, norm, parameters):  # noqa: F
 @per_dtype
 @per_norm
 @pytest.mark.parametrize("values", ["small", "mean1000"])
-def test_special_values(architecture, dtype, norm, values):  # noqa: F811
-    check_block(run_block, Block(16, (9, 7), dtype, norm, values=values, residual=False))
+@pytest.mark.parametrize("channels", [16, 64])
+def test_special_values(device, dtype, norm, values, channels):  # noqa: F811
+    check_block(run_block, Block(channels, (9, 7), dtype, norm, values=values, residual=False, hidden=64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

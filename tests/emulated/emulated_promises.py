@@ -43,6 +43,8 @@ CASES = (
     Block(128, (7, 7), HALF, hidden=64),
     Block(384, (5, 5), BRAIN, hidden=64),
     Block(24, (9, 7), BRAIN, "ln", hidden=40),
+    Block(96, (14, 14), HALF, hidden=384),
+    Block(320, (14, 14), BRAIN, "ln", hidden=64),
 )
 EMBEDS = (
     Embed(3, 8, **STEM, size=(25, 19), dtype=BRAIN),  # the second image does not start on a 16-byte boundary

@@ -80,6 +80,17 @@ def architecture_fixture(request: pytest.FixtureRequest) -> Iterator[int]:
         yield request.param
 
 
+@pytest.fixture(
+    name="device",
+    params=[(architecture, processors) for architecture in ARCHITECTURES for processors in (1, 1000)],
+    ids=lambda device: f"sm_{device[0]}-{'many' if device[1] == 1 else 'few'}_rows",
+)
+def device_fixture(request: pytest.FixtureRequest) -> Iterator[tuple[int, int]]:
+    """Every way to run a block: rows are many on a GPU with one multiprocessor, and few on one with 1000."""
+    with emulated(*request.param):
+        yield request.param
+
+
 # ------------------------------------------------------------------------- the ops under the signatures of the op tests
 
 
