@@ -200,20 +200,3 @@ RIFORMER_KERNEL(kThreads, 3) project_kernel(RIFORMER_GRID_CONSTANT BlockKernelAr
 }
 
 }  // namespace riformer::cuda::float32
-
-namespace riformer::cuda {
-
-void launch_block_float32(const BlockKernelArgs& args, const Device& device) {
-  const int64_t slots = slot_count(args.rows, args.positions, args.slots_per_image);
-  const auto across = [](int64_t columns) { return (columns + float32::kColumns - 1) / float32::kColumns; };
-  Launch how{"riformer block float32 expand", slots * across(args.hidden), float32::kThreads, float32::kSharedBytes};
-  how.stream = device.stream;
-  launch(args.statistics ? float32::expand_kernel<true> : float32::expand_kernel<false>, how, args);
-  how.kernel = "riformer block float32 project";
-  how.blocks = slots * across(args.channels);
-  launch(float32::project_kernel, how, args);
-}
-
-std::string describe_block_float32() { return "float32 expand and project, 64 x 64"; }
-
-}  // namespace riformer::cuda

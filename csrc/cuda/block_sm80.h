@@ -241,21 +241,4 @@ void launch_fused_sm80(const BlockKernelArgs& args, const Device& device) {
   sm80::with_fused_shape(args.channels, [&](auto shape) { sm80::launch_fused<T, decltype(shape)>(args, device); });
 }
 
-bool fused_serves(int64_t channels, int64_t hidden) {
-  bool divides = false;
-  sm80::with_fused_shape(channels, [&](auto shape) { divides = hidden > 0 && hidden % decltype(shape)::kHidden == 0; });
-  return divides;
-}
-
-std::string describe_fused_sm80(int64_t channels) {
-  std::ostringstream out;
-  if (!sm80::with_fused_shape(channels, [&](auto shape) {
-        using Shape = decltype(shape);
-        out << "sm80 fused, " << Shape::kRows << " rows x " << Shape::kChannels << " channels, " << Shape::kHidden
-            << " hidden at a time, " << Shape::kWarps << " warps, " << Shape::kStages << " stages";
-      }))
-    out << "sm80 fused, no kernel for " << channels << " channels";
-  return out.str();
-}
-
 }  // namespace riformer::cuda

@@ -297,11 +297,4 @@ void launch_two_kernels_sm80(const BlockKernelArgs& args, const Device& device) 
     launch_project<T, LargeTile>(args, device);
 }
 
-std::string describe_two_kernels_sm80(int64_t channels) {
-  using namespace sm80;
-  const std::string small = " (" + describe_product<SmallTile>() + " where that leaves multiprocessors idle)";
-  return "sm80 expand, " + describe_product<LargeTile>() + small + ", and project, " +
-         (wide_serves(channels) ? describe_product<WideTile>() : describe_product<LargeTile>()) + small;
-}
-
 }  // namespace riformer::cuda
