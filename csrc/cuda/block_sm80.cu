@@ -16,6 +16,12 @@ bool fused_serves(int64_t channels, int64_t hidden) {
   return divides;
 }
 
+bool fused_fills(const BlockKernelArgs& args, const Device& device) {
+  int64_t blocks = 0;
+  sm80::with_fused_shape(args.channels, [&](auto shape) { blocks = sm80::fused_blocks<decltype(shape)>(args); });
+  return 2 * blocks >= device.processors;
+}
+
 std::string describe_fused_sm80(int64_t channels) {
   std::ostringstream out;
   if (!sm80::with_fused_shape(channels, [&](auto shape) {
