@@ -199,11 +199,17 @@ void run_cluster(int64_t first) {
   }
   std::vector<size_t> warps;
   for (size_t i = 0; i < count; i += kWarp) warps.push_back(i);
+  std::vector<bool> held(warps.size());
+  bool any_held = false;
   size_t left = count;
   while (left) {
     const int64_t before = running->events;
     std::shuffle(warps.begin(), warps.end(), generator);
+    // Now and then some warps stand still until nothing else can go on: what another may overwrite is then read too late.
+    if (generator() % 32 == 0)
+      for (size_t i = 0; i < held.size(); ++i) any_held |= held[i] = generator() % 4 == 0;
     for (const size_t warp : warps) {
+      if (held[warp / kWarp]) continue;
       // Lanes that share a block are a warp; blocks may be smaller than one.
       for (size_t i = warp; i < std::min(warp + kWarp, count); ++i) {
         Fibre& fibre = running->fibres[i];
@@ -215,6 +221,11 @@ void run_cluster(int64_t first) {
       while (!running->deferred.empty() && coin()) run_deferred(generator() % running->deferred.size());
     }
     if (running->events == before && left) {
+      if (any_held) {
+        held.assign(held.size(), false);
+        any_held = false;
+        continue;
+      }
       if (running->deferred.empty()) throw std::runtime_error("emulator: " + stuck());
       run_deferred(generator() % running->deferred.size());
     }
