@@ -48,7 +48,7 @@ def test_layouts_are_those_of_cute(tmp_path, swizzle_of_128_bytes):
     source.parent.mkdir(parents=True)
     shutil.copy(ROOT / "tests" / "emulated" / "layouts.cpp", source)
     program = tmp_path / "layouts"
-    emulator = [str(tmp_path / "csrc" / "emulator" / name) for name in ("emulator.cpp", "hopper.cpp")]
+    emulator = [str(tmp_path / "csrc" / "emulator" / name) for name in ("emulator.cpp", "ampere.cpp", "hopper.cpp")]
     built = subprocess.run(
         ["g++", "-std=c++17", "-O1", "-w", *includes(), str(source), *emulator, "-o", str(program)],
         capture_output=True, text=True,

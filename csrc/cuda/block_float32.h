@@ -1,16 +1,17 @@
-// One block in two kernels, float32 tokens, on the ordinary multiply-add units: `expand` (norm, fc1, GELU) into the hidden
-// tensor and `project` (fc2, layer scale, residual, moments) from it. For any C and hidden that are multiples of 8.
+// One block in two kernels, float32 tokens, on the ordinary multiply-add units: `expand` (norm, fc1, GELU) into the
+// hidden tensor and `project` (fc2, layer scale, residual, moments) from it. For any C and hidden that are multiples
+// of 8.
 //
-// A thread block makes a tile of one slot (64 rows) x 64 columns; a thread 4 rows x 8 columns of it, 16 and 8 apart. k comes
-// 32 at a time: rows through registers, where `expand` norms them, weights by asynchronous copies into one of two stages,
-// so that the next 32 are under way meanwhile. The 32 products of a piece are summed on their own and then added: one chain
-// over all of k (3072 at the widest) has more error than PyTorch's, which adds pieces.
+// A thread block makes a tile of one slot (64 rows) x 64 columns; a thread 4 rows x 8 columns of it, 16 and 8 apart.
+// k comes 32 at a time: rows through registers, where `expand` norms them, weights by asynchronous copies into one of
+// two stages, so that the next 32 are under way meanwhile. The 32 products of a piece are summed on their own and
+// then added: one chain over all of k (3072 at the widest) has more error than PyTorch's, which adds pieces.
 //
-// Shared memory: two stages of rows [64, 36] and weights [64, 36] float32. 36, not 32: eight rows of one column of 16 bytes
-// lie in eight different banks of 16 bytes. `project` takes its moments from a tile [64, 68] over them.
+// Shared memory: two stages of rows [64, 36] and weights [64, 36] float32. 36, not 32: eight rows of one column of 16
+// bytes lie in eight different banks of 16 bytes. `project` takes its moments from a tile [64, 68] over them.
 //
-// Cost: 12 reads of 16 bytes for 128 multiply-adds of a thread, so the multiply-adds bound it (64 or 128 a cycle), at 8 C^2
-// per row for hidden = 4 C.
+// Cost: 12 reads of 16 bytes for 128 multiply-adds of a thread, so the multiply-adds bound it (64 or 128 a cycle), at
+// 8 C^2 per row for hidden = 4 C.
 #pragma once
 
 #include "block_args.h"
@@ -60,7 +61,8 @@ using Sums = float[kRowsOfThread][kColumnsOfThread];
 
 // sums += rows weights^T; `load(row, k)` gives four values of a row of the slot.
 template <class Load>
-RIFORMER_DEVICE void product(const Tile& tile, const Load& load, const float* weights, int columns, int depth, Sums& sums) {
+RIFORMER_DEVICE void product(const Tile& tile, const Load& load, const float* weights, int columns, int depth,
+                             Sums& sums) {
   auto* const shared = reinterpret_cast<float*>(shared_memory());
   const int thread = thread_index(), row = thread / kPieces, piece = thread % kPieces;
   constexpr int kStep = kThreads / kPieces;
@@ -97,7 +99,8 @@ RIFORMER_DEVICE void product(const Tile& tile, const Load& load, const float* we
       RIFORMER_UNROLL
       for (int i = 0; i < kRowsOfThread; ++i) a[i] = load_four(stage + (thread / 8 + 16 * i) * kPitch + at);
       RIFORMER_UNROLL
-      for (int j = 0; j < kColumnsOfThread; ++j) b[j] = load_four(stage + (kSlotRows + thread % 8 + 8 * j) * kPitch + at);
+      for (int j = 0; j < kColumnsOfThread; ++j)
+        b[j] = load_four(stage + (kSlotRows + thread % 8 + 8 * j) * kPitch + at);
       RIFORMER_UNROLL
       for (int e = 0; e < 4; ++e) {
         RIFORMER_UNROLL
@@ -153,7 +156,8 @@ RIFORMER_KERNEL(kThreads, 3) expand_kernel(RIFORMER_GRID_CONSTANT BlockKernelArg
     const int column = thread % 8 + 8 * j;
     const float bias = tile.column + column < args.hidden ? args.constants[tile.column + column] : 0.f;
     RIFORMER_UNROLL
-    for (int i = 0; i < kRowsOfThread; ++i) out[(thread / 8 + 16 * i) * kOutPitch + column] = gelu<float>(sums[i][j] + bias);
+    for (int i = 0; i < kRowsOfThread; ++i)
+      out[(thread / 8 + 16 * i) * kOutPitch + column] = gelu<float>(sums[i][j] + bias);
   }
   sync_block();
   const int left = args.hidden - tile.column;
@@ -168,7 +172,9 @@ RIFORMER_KERNEL(kThreads, 3) project_kernel(RIFORMER_GRID_CONSTANT BlockKernelAr
   const int C = args.channels, thread = thread_index();
   const auto* const between = static_cast<const float*>(args.between) + tile.rows.first * args.hidden;
   Sums sums = {};
-  const auto load = [&](int, int row, int k) { return load_four(between + static_cast<int64_t>(row) * args.hidden + k); };
+  const auto load = [&](int, int row, int k) {
+    return load_four(between + static_cast<int64_t>(row) * args.hidden + k);
+  };
   product(tile, load, static_cast<const float*>(args.fc2_weight), C, args.hidden, sums);
 
   auto* const out = reinterpret_cast<float*>(shared_memory());
@@ -195,25 +201,8 @@ RIFORMER_KERNEL(kThreads, 3) project_kernel(RIFORMER_GRID_CONSTANT BlockKernelAr
   store_slot(at, tile.rows.rows, pieces, static_cast<float*>(args.out) + tile.rows.first * C + tile.column,
              4 * static_cast<int64_t>(C), thread, kThreads);
   if (args.partials)
-    slot_moments<float>(at, tile.rows.rows, pieces, thread / kWarp, kWarps, args.partials + tile.slot * 2 * C + tile.column,
-                        C);
+    slot_moments<float>(at, tile.rows.rows, pieces, thread / kWarp, kWarps,
+                        args.partials + tile.slot * 2 * C + tile.column, C);
 }
 
 }  // namespace riformer::cuda::float32
-
-namespace riformer::cuda {
-
-void launch_block_float32(const BlockKernelArgs& args, const Device& device) {
-  const int64_t slots = slot_count(args.rows, args.positions, args.slots_per_image);
-  const auto across = [](int64_t columns) { return (columns + float32::kColumns - 1) / float32::kColumns; };
-  Launch how{"riformer block float32 expand", slots * across(args.hidden), float32::kThreads, float32::kSharedBytes};
-  how.stream = device.stream;
-  launch(args.statistics ? float32::expand_kernel<true> : float32::expand_kernel<false>, how, args);
-  how.kernel = "riformer block float32 project";
-  how.blocks = slots * across(args.channels);
-  launch(float32::project_kernel, how, args);
-}
-
-std::string describe_block_float32() { return "float32 expand and project, 64 x 64"; }
-
-}  // namespace riformer::cuda

@@ -1,21 +1,27 @@
-// One block in one kernel, 16-bit tokens: norm, expand, GELU, project, layer scale, residual and moments, with mma.m16n8k16.
+// One block in one kernel, 16-bit tokens: norm, expand, GELU, project, layer scale, residual and moments, with
+// mma.m16n8k16.
 //
-// A thread block takes 128 rows, two slots, and walks over the hidden channels. Each warp has its own rows (32, or 16 where
-// the sums of 32 rows would not fit into registers) and all columns: z stays in registers as the first product's operand,
-// the first product's sums become the second's operand by GELU and rounding, lane by lane, and the second product's sums
-// [rows, C] stay until the end. Only the weights move: `kHidden` hidden channels of both matrices at a time go through a
-// ring of `kStages` stages, asynchronously.
+// A thread block takes 128 rows, two slots, and walks over the hidden channels. Each warp has its own rows (32 or 16)
+// and all columns: z stays in registers as the first product's operand, the first product's sums become the second's
+// operand by GELU and rounding, lane by lane, and the second product's sums [rows, C] stay until the end. Only the
+// weights move: `kHidden` hidden channels of both matrices at a time go through a ring of `kStages` stages,
+// asynchronously.
 //
-// Shared memory: where the slots are; x [128, C], swizzled, which the results replace in place before they are stored; then the stages, each
-// fc1's rows [kHidden, C], fc2's columns [C, kHidden], both swizzled, and kHidden biases.
+// Shared memory: where the slots are; x [128, C], swizzled, which the results replace in place before they are
+// stored; then the stages, each fc1's rows [kHidden, C], fc2's columns [C, kHidden], both swizzled, and kHidden
+// biases.
 //
-// Cost per row: 8 C^2 multiply-adds (hidden = 4 C) and 4 C GELUs of about 14 instructions; an sm_80 multiprocessor does
-// 1024 of the former or 64 of the latter's instructions a cycle, so GELU is the longer of the two up to C = 112. From memory
-// x and out alone, 4 C bytes; from L2 every block of 128 rows reads the weights, 16 bytes a cycle at the full matrix rate
-// (32 with 64 rows, which is near what L2 gives). ldmatrix of the weights takes 128 bytes per mma with 32 rows to a warp,
-// half of what shared memory gives; with 16 rows all of it. That is the reason for 32 rows wherever registers allow it,
-// and why C = 320 and 384 are left to the two kernels: their sums alone take 160 and 192 registers with 16 rows, z would
-// have to be read again for every 16 hidden channels, and shared memory would hold the matrix units at two thirds.
+// Cost per row: 8 C^2 multiply-adds (hidden = 4 C) and 4 C GELUs of 14 instructions; a multiprocessor of an A100 does
+// 1024 of the former or 64 of the latter's in a cycle, so GELU is the longer of the two up to C = 112. From memory x
+// and out alone, 4 C bytes. From L2 every block reads the weights: 16 bytes a cycle at the full matrix rate with 128
+// rows, which is why a block has two slots; 64 rows would need 32, near what L2 gives.
+//
+// ldmatrix of the weights takes 128 bytes per mma with 32 rows to a warp, half of what shared memory gives in its
+// time; with 16 rows all of it. C = 96 and 128 have 32 rows (255 registers, 8 warps to a multiprocessor); C = 64,
+// bound by GELU, gains more from 16 warps with 16 rows each (128 registers); the sums of 32 rows of C = 192 do not
+// fit into registers. C = 320 and 384 are left to the two kernels: sums of 160 and 192 registers with 16 rows leave
+// none for z, which would be read again for every 16 hidden channels, and shared memory would hold the matrix units
+// below 60 %.
 #pragma once
 
 #include <sstream>
@@ -28,7 +34,8 @@
 
 namespace riformer::cuda::sm80 {
 
-// RowTiles: of 16 rows, of a warp. Step: hidden channels between two GELUs. Blocks: that are to share a multiprocessor.
+// RowTiles: of 16 rows, of a warp. Step: hidden channels between two GELUs. Blocks: that are to share a
+// multiprocessor.
 template <int Channels, int RowTiles, int Hidden, int Step, int Stages, int Blocks>
 struct FusedShape {
   static constexpr int kChannels = Channels, kRowTiles = RowTiles, kHidden = Hidden, kStep = Step, kStages = Stages;
@@ -39,7 +46,8 @@ struct FusedShape {
   static constexpr int kTokenBytes = kRows * Channels * 2, kMatrixBytes = Hidden * Channels * 2;
   static constexpr int kStageBytes = 2 * kMatrixBytes + Hidden * 4;
   static constexpr int kSharedBytes = kPlaceBytes + kTokenBytes + Stages * kStageBytes;
-  static_assert(kSlots * sizeof(SlotPlace) <= kPlaceBytes && Channels % 16 == 0 && Hidden % Step == 0 && Step % 16 == 0 && Stages >= 2, "");
+  static_assert(kSlots * sizeof(SlotPlace) <= kPlaceBytes, "the places do not fit");
+  static_assert(Channels % 16 == 0 && Hidden % Step == 0 && Step % 16 == 0 && Stages >= 2, "k goes in steps of 16");
   static_assert(kSharedBytes <= 99 * 1024, "what a block may use on sm_86 and sm_89");
 };
 
@@ -61,17 +69,19 @@ RIFORMER_DEVICE void copy_stage(const BlockKernelArgs& args, unsigned char* stag
   const auto* const fc1 = static_cast<const uint16_t*>(args.fc1_weight) + static_cast<int64_t>(hidden) * C;
   const auto* const fc2 = static_cast<const uint16_t*>(args.fc2_weight) + hidden;
   copy_tile<Shape::kPieces, Shape::kHidden, Shape::kThreads>(stage, fc1, 2 * C, Shape::kHidden, Shape::kPieces);
-  copy_tile<Shape::kHiddenPieces, C, Shape::kThreads>(stage + Shape::kMatrixBytes, fc2, 2 * static_cast<int64_t>(args.hidden),
-                                                      C, Shape::kHiddenPieces);
-  if (thread_index() < Shape::kHidden / 4)
-    copy_async_16(stage + 2 * Shape::kMatrixBytes + 16 * thread_index(), args.constants + hidden + 4 * thread_index(), true);
+  copy_tile<Shape::kHiddenPieces, C, Shape::kThreads>(
+      stage + Shape::kMatrixBytes, fc2, 2 * static_cast<int64_t>(args.hidden), C, Shape::kHiddenPieces);
+  const int thread = thread_index();
+  if (thread < Shape::kHidden / 4)
+    copy_async_16(stage + 2 * Shape::kMatrixBytes + 16 * thread, args.constants + hidden + 4 * thread, true);
 }
 
 // fc1's sums for `Step` hidden channels from `at`, which start as the biases.
 template <class T, class Shape>
 RIFORMER_DEVICE void expand_step(float (&h)[Shape::kRowTiles][Shape::kStep / 8][4],
                                  const uint32_t (&z)[Shape::kChannels / 16][Shape::kRowTiles][4],
-                                 const TileReader<Shape::kPieces, LaneOfB>& weights, const float* biases, int at, int lane) {
+                                 const TileReader<Shape::kPieces, LaneOfB>& weights, const float* biases, int at,
+                                 int lane) {
   RIFORMER_UNROLL
   for (int n = 0; n < Shape::kStep / 8; ++n) {
     const Pair bias = load_pair(biases + at + 8 * n + 2 * (lane % 4));
@@ -96,7 +106,8 @@ RIFORMER_DEVICE void expand_step(float (&h)[Shape::kRowTiles][Shape::kStep / 8][
   }
 }
 
-// GELU of those sums, and what they add to fc2's. A lane's places in the sums of 16 x 16 are its places in an operand.
+// GELU of those sums, and what they add to fc2's. A lane's places in the sums of 16 x 16 are its places in an
+// operand.
 template <class T, class Shape>
 RIFORMER_DEVICE void project_step(float (&sums)[Shape::kRowTiles][Shape::kPieces][4],
                                   const float (&h)[Shape::kRowTiles][Shape::kStep / 8][4],
@@ -156,7 +167,8 @@ RIFORMER_KERNEL(Shape::kThreads, Shape::kBlocks) fused_kernel(RIFORMER_GRID_CONS
     const TileReader<Shape::kPieces, LaneOfA> reader(tokens, lane);
     RIFORMER_UNROLL
     for (int k = 0; k < C / 16; ++k) {
-      // Never true: a branch keeps the compiler from loading the maps of all channels at once, and running out of registers.
+      // Never true: a branch keeps the compiler from loading the maps of all channels at once, and running out of
+      // registers.
       if (16 * k >= args.channels) break;
       const int channel = 16 * k + 2 * (lane % 4);
       ChannelMaps<Mode == RowMode::position> maps;
@@ -209,10 +221,14 @@ RIFORMER_KERNEL(Shape::kThreads, Shape::kBlocks) fused_kernel(RIFORMER_GRID_CONS
   }
 }
 
+template <class Shape>
+int64_t fused_blocks(const BlockKernelArgs& args) {
+  return (slot_count(args.rows, args.positions, args.slots_per_image) + Shape::kSlots - 1) / Shape::kSlots;
+}
+
 template <class T, class Shape>
 void launch_fused(const BlockKernelArgs& args, const Device& device) {
-  Launch how{"riformer block sm80 fused", 0, Shape::kThreads, Shape::kSharedBytes};
-  how.blocks = (slot_count(args.rows, args.positions, args.slots_per_image) + Shape::kSlots - 1) / Shape::kSlots;
+  Launch how{"riformer block sm80 fused", fused_blocks<Shape>(args), Shape::kThreads, Shape::kSharedBytes};
   how.stream = device.stream;
   with_row_mode(args, [&](auto mode) { launch(fused_kernel<T, Shape, decltype(mode)::value>, how, args); });
 }
@@ -239,23 +255,6 @@ void launch_fused_sm80(const BlockKernelArgs& args, const Device& device) {
     throw std::runtime_error("riformer: " + describe_fused_sm80(args.channels) + " does not take " +
                              std::to_string(args.hidden) + " hidden channels; use the two kernels");
   sm80::with_fused_shape(args.channels, [&](auto shape) { sm80::launch_fused<T, decltype(shape)>(args, device); });
-}
-
-bool fused_serves(int64_t channels, int64_t hidden) {
-  bool divides = false;
-  sm80::with_fused_shape(channels, [&](auto shape) { divides = hidden > 0 && hidden % decltype(shape)::kHidden == 0; });
-  return divides;
-}
-
-std::string describe_fused_sm80(int64_t channels) {
-  std::ostringstream out;
-  if (!sm80::with_fused_shape(channels, [&](auto shape) {
-        using Shape = decltype(shape);
-        out << "sm80 fused, " << Shape::kRows << " rows x " << Shape::kChannels << " channels, " << Shape::kHidden
-            << " hidden at a time, " << Shape::kWarps << " warps, " << Shape::kStages << " stages";
-      }))
-    out << "sm80 fused, no kernel for " << channels << " channels";
-  return out.str();
 }
 
 }  // namespace riformer::cuda

@@ -81,6 +81,7 @@ RIFORMER_DEVICE void copy_panels(const FusedArgs& args, const Ring& ring, int tu
   const int chunks = args.block.hidden / Config::kChunk;
   RingPlace place;
   for (; turn * Config::kSlotsPerTurn < args.slots; turn += turn_step<C>()) {
+    RIFORMER_NO_UNROLL  // in 24 registers
     for (int chunk = 0; chunk < chunks; ++chunk) {
       for (int second = 0; second < 2; ++second) {
         unsigned char* panel = ring.panel(place.stage);

@@ -1,8 +1,9 @@
-// What the sm_80 matrix kernels are made of: swizzled tiles in shared memory, fragments of mma.m16n8k16, and what happens
-// to them on the way in (the norm) and on the way out (layer scale and residual).
+// What the sm_80 matrix kernels are made of: swizzled tiles in shared memory, fragments of mma.m16n8k16, and what
+// happens to them on the way in (the norm) and on the way out (layer scale and residual).
 //
-// The fused kernel and the pair of kernels give the same bits because both are made of these functions: every element of
-// a product is one chain of additions, k upwards in steps of 16, and what surrounds it is computed by the same code.
+// The fused kernel and the pair of kernels give the same bits because both are made of these functions: every element
+// of a product is one chain of additions, k upwards in steps of 16, and what surrounds it is computed by the same
+// code.
 #pragma once
 
 #include "block_args.h"
@@ -10,19 +11,23 @@
 
 namespace riformer::cuda::sm80 {
 
-// A tile of `Pieces` pieces of 16 bytes (8 values) a row, rows directly after each other. Pieces are exchanged within a
-// row so that 8 rows of one column of pieces lie in 8 different banks of 16 bytes, which is what ldmatrix reads at a time.
+// A tile of `Pieces` pieces of 16 bytes (8 values) a row, rows directly after each other. Pieces are exchanged within
+// a row so that 8 rows of one column of pieces lie in 8 different banks of 16 bytes, which is what ldmatrix reads at
+// a time.
 template <int Pieces>
 struct SwizzledTile {
   // Rows of an odd number of pieces differ in their banks by themselves; 2 and 4 leave the rest to the exchange.
   static constexpr int kSpan = Pieces % 8 == 0 ? 8 : Pieces % 4 == 0 ? 4 : Pieces % 2 == 0 ? 2 : 1;
   static constexpr int kPitch = 16 * Pieces;
   RIFORMER_HOST_DEVICE static constexpr int exchange(int row) { return row / (8 / kSpan) % kSpan; }
-  RIFORMER_HOST_DEVICE static constexpr int offset(int row, int piece) { return row * kPitch + 16 * (piece ^ exchange(row)); }
+  RIFORMER_HOST_DEVICE static constexpr int offset(int row, int piece) {
+    return row * kPitch + 16 * (piece ^ exchange(row));
+  }
 };
 
-// Where ldmatrix.x4 reads for this lane: matrices 0 and 1 are rows 0-7 and 8-15 for an operand of rows (a); pieces 0 and 1
-// of rows 0-7 for one of columns (b). Their `row` is a multiple of 16, so that the exchange depends on the lane alone.
+// Where ldmatrix.x4 reads for this lane: matrices 0 and 1 are rows 0-7 and 8-15 for an operand of rows (a); pieces 0
+// and 1 of rows 0-7 for one of columns (b). Their `row` is a multiple of 16, so that the exchange depends on the lane
+// alone.
 struct LaneOfA {
   static RIFORMER_DEVICE int row(int lane) { return lane % 16; }
   static RIFORMER_DEVICE int piece(int lane) { return lane / 16; }
@@ -36,7 +41,7 @@ struct LaneOfB {
 template <int Pieces, class Lane>
 struct TileReader {
   const unsigned char* base;
-  int exchanged;  // 16 times (the lane's piece with the exchange applied): k blocks are even pieces, so they only flip bits
+  int exchanged;  // 16 times the lane's piece with the exchange applied; the k step's pieces are applied to that
 
   RIFORMER_DEVICE TileReader(const unsigned char* tile, int lane)
       : base(tile + Lane::row(lane) * SwizzledTile<Pieces>::kPitch),
@@ -46,9 +51,9 @@ struct TileReader {
   }
 };
 
-// `Rows` rows of a tile from global memory, asynchronously, by `Threads` threads; zeros where a row is not below `rows`
-// or a piece not below `pieces`. Threads go down the rows in steps of whole exchanges, so each keeps one address for all
-// its copies but for constants.
+// `Rows` rows of a tile from global memory, asynchronously, by `Threads` threads; zeros where a row is not below
+// `rows` or a piece not below `pieces`. Threads go down the rows in steps of whole exchanges, so each keeps one
+// address for all its copies but for constants.
 template <int Pieces, int Rows, int Threads>
 RIFORMER_DEVICE void copy_tile(unsigned char* to, const void* from, int64_t pitch, int rows, int pieces) {
   using Tile = SwizzledTile<Pieces>;
@@ -62,7 +67,8 @@ RIFORMER_DEVICE void copy_tile(unsigned char* to, const void* from, int64_t pitc
     if (Rows % kStep && row + r >= Rows) break;
     RIFORMER_UNROLL
     for (int p = 0; p < Pieces; p += kWide)
-      copy_async_16(target + r * Tile::kPitch + 16 * p, source + r * pitch + 16 * p, row + r < rows && piece + p < pieces);
+      copy_async_16(target + r * Tile::kPitch + 16 * p, source + r * pitch + 16 * p,
+                    row + r < rows && piece + p < pieces);
   }
 }
 
@@ -71,8 +77,8 @@ struct alignas(8) Pair {
 };
 RIFORMER_DEVICE Pair load_pair(const float* from) { return *reinterpret_cast<const Pair*>(from); }
 
-// Which of its numbers differ between the rows of a slot: none (one image to a slot), the maps (slots over several images),
-// or the statistics (LayerNorm).
+// Which of its numbers differ between the rows of a slot: none (one image to a slot), the maps (slots over several
+// images), or the statistics (LayerNorm).
 enum class RowMode { image, images, position };
 
 inline RowMode row_mode(const BlockKernelArgs& args) {
@@ -89,7 +95,8 @@ void with_row_mode(const BlockKernelArgs& args, const Act& act) {
   }
 }
 
-// A slot, and where it is in its images. In shared memory it costs no registers meanwhile and its divisions are done once.
+// A slot, and where it is in its images. In shared memory it costs no registers meanwhile and its divisions are done
+// once.
 struct SlotPlace {
   Slot slot;
   int64_t image, position;  // of its first row; what LayerNorm does not need is 0
@@ -119,7 +126,8 @@ struct WarpRows {
   int images[kImages];  // counted from that image
   RowStatistics statistics[kStatistics];
 
-  // `first`: the warp's first row in its slot. Rows that do not exist take the numbers of the slot's first, or of row 0.
+  // `first`: the warp's first row in its slot. Rows that do not exist take the numbers of the slot's first, or of row
+  // 0.
   RIFORMER_DEVICE void find(const BlockKernelArgs& args, const SlotPlace& place, int first, int lane) {
     maps = args.maps + place.image * 5 * args.channels;
     images[0] = 0;
@@ -159,7 +167,7 @@ struct ChannelMaps {
       const int c = channel + 8 * half;
       RIFORMER_UNROLL
       for (int i = kFirst; i < 4; ++i)
-        value[i - kFirst][half] = c < channels ? load_pair(maps + static_cast<int64_t>(i) * channels + c) : Pair{{0.f, 0.f}};
+        value[i - kFirst][half] = c < channels ? load_pair(maps + i * channels + c) : Pair{{0.f, 0.f}};
     }
   }
   template <class T>
@@ -173,8 +181,8 @@ struct ChannelMaps {
   }
 };
 
-// x to z, in place, in the fragments of one k step. `maps` are those of the slot's first image; rows of other images load
-// their own.
+// x to z, in place, in the fragments of one k step. `maps` are those of the slot's first image; rows of other images
+// load their own.
 template <class T, int Tiles, RowMode Mode>
 RIFORMER_DEVICE void norm_fragments(uint32_t (&a)[Tiles][4], const WarpRows<Tiles, Mode>& rows,
                                     ChannelMaps<Mode == RowMode::position> maps, int channel, int channels) {
@@ -196,8 +204,9 @@ RIFORMER_DEVICE void norm_fragments(uint32_t (&a)[Tiles][4], const WarpRows<Tile
 // The second product's sums, finished and rounded, into the tile that holds x, each value in the place of its own x.
 // `tile`: at the warp's first row; `piece`: that of the sums' first column, which is `channel` of all.
 template <class T, int Pieces, int Tiles, RowMode Mode, int Columns>
-RIFORMER_DEVICE void finish_fragments(const BlockKernelArgs& args, const WarpRows<Tiles, Mode>& rows, unsigned char* tile,
-                                      int piece, int channel, const float (&sums)[Tiles][Columns][4], int lane) {
+RIFORMER_DEVICE void finish_fragments(const BlockKernelArgs& args, const WarpRows<Tiles, Mode>& rows,
+                                      unsigned char* tile, int piece, int channel,
+                                      const float (&sums)[Tiles][Columns][4], int lane) {
   const float* const scales = args.constants + args.hidden;
   RIFORMER_UNROLL
   for (int n = 0; n < Columns; ++n) {

@@ -34,7 +34,7 @@ RIFORMER_DEVICE void barrier_arrive(uint64_t* barrier) {
 RIFORMER_DEVICE void barrier_arrive_at(uint64_t* barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 }
@@ -42,10 +42,11 @@ RIFORMER_DEVICE void barrier_arrive_at(uint64_t* barrier, int rank) {
 RIFORMER_DEVICE void barrier_arrive_expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
-// Until the phase of this parity has ended.
+// Until the phase of this parity has ended. Acquires within the block, as CUTLASS does: for the whole cluster it would
+// invalidate the L1 cache each time, and what is waited for comes through the copy engine.
 RIFORMER_DEVICE void barrier_wait(uint64_t* barrier, int parity) {
   asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n}" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");

@@ -1,5 +1,5 @@
-// Starts the block kernels of sm_80 (and of everything that runs its code), and says which they would be. The kernels are
-// compiled in block_sm80.cu; whoever chooses among them needs this header alone.
+// Starts the block kernels of sm_80 (and of everything that runs its code), and says which they would be. The kernels
+// are compiled in block_sm80.cu; whoever chooses among them needs this header alone.
 #pragma once
 
 #include <string>
@@ -8,16 +8,24 @@
 
 namespace riformer::cuda {
 
+// For all of them: x, out, the weights, maps, statistics and constants are 16-byte aligned; slots that cross images
+// (0 slots per image) are for images of less than 2^31 positions.
+
 // Whether launch_fused_sm80 takes these widths; it is for 16-bit tokens.
 bool fused_serves(int64_t channels, int64_t hidden);
+
+// Whether the fused kernel keeps at least half of the multiprocessors at work, in blocks of 128 rows. With fewer the
+// two kernels spread the same work over more of them; the bits are the same, so this may follow the batch. An
+// estimate.
+bool fused_fills(const BlockKernelArgs& args, const Device& device);
 
 // The whole block in one kernel; `between` is not used. T is bf16 or f16.
 template <class T>
 void launch_fused_sm80(const BlockKernelArgs& args, const Device& device);
 std::string describe_fused_sm80(int64_t channels);
 
-// The same bits from two kernels with the hidden tensor in `between`, for any widths (multiples of 8). The tile follows the
-// size of the launch: no result depends on it.
+// The same bits from two kernels with the hidden tensor in `between`, for any widths (multiples of 8). The tile
+// follows the size of the launch: no result depends on it.
 template <class T>
 void launch_two_kernels_sm80(const BlockKernelArgs& args, const Device& device);
 std::string describe_two_kernels_sm80(int64_t channels);

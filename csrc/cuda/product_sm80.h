@@ -1,19 +1,19 @@
-// One block in two kernels, 16-bit tokens: `expand` (norm, fc1, GELU) into the hidden tensor, `project` (fc2, layer scale,
-// residual, moments) from it, with mma.m16n8k16. For any C and hidden that are multiples of 8, and with the same bits as the
-// fused kernel, whatever the tile: fragments_sm80.h says why.
+// One block in two kernels, 16-bit tokens: `expand` (norm, fc1, GELU) into the hidden tensor, `project` (fc2, layer
+// scale, residual, moments) from it, with mma.m16n8k16. For any C and hidden that are multiples of 8, and with the
+// same bits as the fused kernel, whatever the tile: fragments_sm80.h says why.
 //
 // A thread block makes a tile of rows (one slot or two) x columns; its warps divide it into pieces of 32 rows. Both
-// operands come k upwards through a ring of stages, asynchronously, 32 of k at a time; what is beyond the matrices is zero.
-// `expand` norms x in its fragments, after ldmatrix: the warps of a large tile have all of its columns, so each value is
-// normed once in a tile, 5 instructions for two against 128 multiply-adds of the matrix units for each.
+// operands come k upwards through a ring of stages, asynchronously, 32 of k at a time; what is beyond the matrices is
+// zero. `expand` norms x in its fragments, after ldmatrix: the warps of a large tile have all of its columns, so each
+// value is normed once in a tile, 5 instructions for two against 128 multiply-adds of the matrix units for each.
 //
-// Shared memory: where the slots are; the stages, each rows [rows, 32] and weights [columns, 32], both swizzled. When the
-// sums are complete their tile [rows, columns] lies over the stages: `project` first loads x into it.
+// Shared memory: where the slots are; the stages, each rows [rows, 32] and weights [columns, 32], both swizzled. When
+// the sums are complete their tile [rows, columns] lies over the stages: `project` first loads x into it.
 //
-// Cost of a tile of 128 x 128: ldmatrix reads 160 bytes per mma, of the 256 that shared memory gives in its time; L2 has to
-// give 32 bytes a cycle. In memory the hidden tensor is written and read: for hidden = 4 C, 16 C bytes a row beside the 6 C
-// of x (twice) and out, for 8 C^2 multiply-adds. At 1024 of these a cycle that is 2816 / C bytes a cycle, and an A100 has
-// about 10: memory bounds it up to C = 280, the matrix units above.
+// Cost of a tile of 128 x 128: ldmatrix reads 160 bytes per mma, of the 256 that shared memory gives in its time; L2
+// has to give 32 bytes a cycle. In memory the hidden tensor is written and read: for hidden = 4 C, 16 C bytes a row
+// beside the 6 C of x (twice) and out, for 8 C^2 multiply-adds. At 1024 of these a cycle that is 2816 / C bytes a
+// cycle, and an A100 has about 10: memory bounds it up to C = 280, the matrix units above.
 #pragma once
 
 #include <sstream>
@@ -30,14 +30,16 @@ namespace riformer::cuda::sm80 {
 template <int Slots, int Columns, int Warps, int Blocks>
 struct ProductShape {
   static constexpr int kSlots = Slots, kRows = Slots * kSlotRows, kColumns = Columns, kBlocks = Blocks;
-  static constexpr int kRowTiles = 2, kWarpRows = 16 * kRowTiles, kWarpsAcross = Warps, kWarpColumns = Columns / Warps;
+  static constexpr int kRowTiles = 2, kWarpRows = 16 * kRowTiles;
+  static constexpr int kWarpsAcross = Warps, kWarpColumns = Columns / Warps;
   static constexpr int kWarps = Warps * (kRows / kWarpRows), kThreads = kWarps * kWarp;
   static constexpr int kDepth = 32, kDepthPieces = kDepth / 8, kStages = 3, kPieces = Columns / 8;
   static constexpr int kRowBytes = kRows * kDepth * 2, kStageBytes = kRowBytes + Columns * kDepth * 2;
   static constexpr int kTileBytes = kRows * Columns * 2;
   static constexpr int kSharedBytes =
       kPlaceBytes + (kStages * kStageBytes > kTileBytes ? kStages * kStageBytes : kTileBytes);
-  static_assert(kWarpColumns % 16 == 0 && kSlots * sizeof(SlotPlace) <= kPlaceBytes, "");
+  static_assert(kSlots * sizeof(SlotPlace) <= kPlaceBytes, "the places do not fit");
+  static_assert(kWarpColumns % 16 == 0, "ldmatrix reads 16 columns");
   static_assert(kSharedBytes <= 99 * 1024, "what a block may use on sm_86 and sm_89");
 };
 
@@ -72,12 +74,12 @@ struct ProductTile {
 template <class Shape>
 using ProductSums = float[Shape::kRowTiles][Shape::kWarpColumns / 8][4];
 
-// sums += rows weights^T. `rows` [all rows, depth], `weights` [columns, depth]. `ready` runs once the places of the slots are
-// known, `before(k)` before each stage arrives, `prepare(k, a)` on each operand of 16 of k.
+// sums += rows weights^T. `rows` [all rows, depth], `weights` [columns, depth]. `ready` runs once the places of the
+// slots are known, `before(k)` before each stage arrives, `prepare(k, a)` on each operand of 16 of k.
 template <class T, class Shape, RowMode Mode, class Ready, class Before, class Prepare>
-RIFORMER_DEVICE void product(const BlockKernelArgs& args, const ProductTile<Shape>& tile, const void* rows, const void* weights,
-                             int columns, int depth, ProductSums<Shape>& sums, const Ready& ready, const Before& before,
-                             const Prepare& prepare) {
+RIFORMER_DEVICE void product(const BlockKernelArgs& args, const ProductTile<Shape>& tile, const void* rows,
+                             const void* weights, int columns, int depth, ProductSums<Shape>& sums,
+                             const Ready& ready, const Before& before, const Prepare& prepare) {
   const int lane = thread_index() % kWarp;
   int64_t first[Shape::kSlots];
   int count[Shape::kSlots];
@@ -159,8 +161,8 @@ RIFORMER_KERNEL(Shape::kThreads, Shape::kBlocks) expand_kernel(RIFORMER_GRID_CON
     }
   }
   WarpRows<Shape::kRowTiles, Mode> rows{};
-  // GroupNorm's maps are loaded before the wait for the stage, which then hides this wait too; LayerNorm's are twice as
-  // many, too many registers to hold that long.
+  // GroupNorm's maps are loaded before the wait for the stage, which then hides this wait too; LayerNorm's are twice
+  // as many, too many registers to hold that long.
   constexpr bool kAhead = Mode != RowMode::position;
   ChannelMaps<Mode == RowMode::position> maps[Shape::kDepth / 16];
   const auto load_maps = [&](int k, int step) { maps[step / 16].load(rows.maps, k + step + 2 * (lane % 4), C); };
@@ -214,15 +216,16 @@ RIFORMER_KERNEL(Shape::kThreads, Shape::kBlocks) project_kernel(RIFORMER_GRID_CO
     const Slot slot = tile.places[i].slot;
     copy_tile<Shape::kPieces, kSlotRows, Shape::kThreads>(
         tile.stages + i * kSlotRows * 2 * Shape::kColumns,
-        static_cast<const uint16_t*>(args.x) + slot.first * C + tile.column, 2 * static_cast<int64_t>(C), slot.rows, pieces);
+        static_cast<const uint16_t*>(args.x) + slot.first * C + tile.column, 2 * static_cast<int64_t>(C), slot.rows,
+        pieces);
   }
   copy_async_commit();
   WarpRows<Shape::kRowTiles, Mode> rows{};
   rows.find(args, tile.places[tile.warp_row / kSlotRows], tile.warp_row % kSlotRows, lane);
   copy_async_wait<0>();
   sync_block();
-  finish_fragments<T, Shape::kPieces>(args, rows, tile.stages + tile.warp_row * 2 * Shape::kColumns, tile.warp_column / 8,
-                                      tile.column + tile.warp_column, sums, lane);
+  finish_fragments<T, Shape::kPieces>(args, rows, tile.stages + tile.warp_row * 2 * Shape::kColumns,
+                                      tile.warp_column / 8, tile.column + tile.warp_column, sums, lane);
   sync_block();
   for (int i = 0; i < Shape::kSlots; ++i) {
     const Slot slot = tile.places[i].slot;
@@ -295,13 +298,6 @@ void launch_two_kernels_sm80(const BlockKernelArgs& args, const Device& device) 
     launch_project<T, WideTile>(args, device);
   else
     launch_project<T, LargeTile>(args, device);
-}
-
-std::string describe_two_kernels_sm80(int64_t channels) {
-  using namespace sm80;
-  const std::string small = " (" + describe_product<SmallTile>() + " where that leaves multiprocessors idle)";
-  return "sm80 expand, " + describe_product<LargeTile>() + small + ", and project, " +
-         (wide_serves(channels) ? describe_product<WideTile>() : describe_product<LargeTile>()) + small;
 }
 
 }  // namespace riformer::cuda

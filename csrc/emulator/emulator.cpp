@@ -13,8 +13,6 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../common/dtypes.h"
-
 namespace riformer::emulator {
 namespace {
 
@@ -29,19 +27,13 @@ struct Meeting {
   int64_t generation = 0;
   const char* what = nullptr;
   void* arguments[128] = {};
-  std::shared_ptr<void> state;
+  std::shared_ptr<State> state;
 };
 
 struct Barrier {
   int arrived = 0;
   int expected = 0;
   int64_t generation = 0;
-};
-
-struct Copy {
-  void* shared;
-  const void* global;
-  bool valid;
 };
 
 struct Block {
@@ -59,8 +51,7 @@ struct Fibre {
   int index = 0;
   bool started = false, finished = false;
   const char* waiting_for = nullptr;
-  std::vector<std::vector<Copy>> groups;  // committed, oldest first
-  std::vector<Copy> open;
+  std::shared_ptr<State> state;
   ucontext_t context{};
   jmp_buf jump{};
   void* stack = nullptr;
@@ -199,11 +190,17 @@ void run_cluster(int64_t first) {
   }
   std::vector<size_t> warps;
   for (size_t i = 0; i < count; i += kWarp) warps.push_back(i);
+  std::vector<bool> held(warps.size());
+  bool any_held = false;
   size_t left = count;
   while (left) {
     const int64_t before = running->events;
     std::shuffle(warps.begin(), warps.end(), generator);
+    // Now and then some warps stand still until nothing else can go on: what another may overwrite is then read too late.
+    if (generator() % 32 == 0)
+      for (size_t i = 0; i < held.size(); ++i) any_held |= held[i] = generator() % 4 == 0;
     for (const size_t warp : warps) {
+      if (held[warp / kWarp]) continue;
       // Lanes that share a block are a warp; blocks may be smaller than one.
       for (size_t i = warp; i < std::min(warp + kWarp, count); ++i) {
         Fibre& fibre = running->fibres[i];
@@ -215,6 +212,11 @@ void run_cluster(int64_t first) {
       while (!running->deferred.empty() && coin()) run_deferred(generator() % running->deferred.size());
     }
     if (running->events == before && left) {
+      if (any_held) {
+        held.assign(held.size(), false);
+        any_held = false;
+        continue;
+      }
       if (running->deferred.empty()) throw std::runtime_error("emulator: " + stuck());
       run_deferred(generator() % running->deferred.size());
     }
@@ -222,12 +224,15 @@ void run_cluster(int64_t first) {
   // A copy or a product that nobody waited for would come after the end of the block.
   if (!running->deferred.empty())
     throw std::runtime_error("emulator: " + running->name + ": a block ended with asynchronous work under way");
-  for (const Fibre& fibre : running->fibres)
-    if (!fibre.open.empty()) throw std::runtime_error("emulator: " + running->name + ": a copy was never committed");
+  const auto check = [](const std::shared_ptr<State>& state) {
+    if (state && state->unfinished())
+      throw std::runtime_error("emulator: " + running->name + ": a thread ended with " + state->unfinished());
+  };
+  for (const Fibre& fibre : running->fibres) check(fibre.state);
+  for (const Block& block : running->blocks)
+    for (const Meeting& warpgroup : block.warpgroups) check(warpgroup.state);
   for (const Block& block : running->blocks) check_guard(block);
 }
-
-int warp_lanes() { return std::min(kWarp, running->grid.threads - current->index / kWarp * kWarp); }
 
 void arrive(Barrier& barrier, int expected, const char* what) {
   if (barrier.arrived == 0) barrier.expected = expected;
@@ -240,24 +245,6 @@ void arrive(Barrier& barrier, int expected, const char* what) {
   }
   const int64_t generation = barrier.generation;
   wait_until([&] { return barrier.generation != generation; }, what);
-}
-
-void inside(const void* pointer, int64_t bytes, const char* what) {
-  const int64_t offset = static_cast<const unsigned char*>(pointer) - current->block->shared;
-  if (offset < 0 || offset + bytes > running->grid.shared_bytes) fail(std::string(what) + " outside shared memory");
-  if (offset % bytes) fail(std::string(what) + " of a misaligned address in shared memory");
-}
-
-void perform(const Copy& copy) {
-  if (copy.valid)
-    std::memcpy(copy.shared, copy.global, 16);
-  else
-    std::memset(copy.shared, 0, 16);
-}
-
-float value_of(uint32_t word, int half, bool is_bf16) {
-  const auto bits = static_cast<uint16_t>(half ? word >> 16 : word & 0xffff);
-  return is_bf16 ? widen(bf16{bits}) : widen(f16{bits});
 }
 
 }  // namespace
@@ -294,6 +281,7 @@ void run(const Grid& grid, const std::string& name, const std::function<void()>&
   running = nullptr;
 }
 
+int warp_lanes() { return std::min(kWarp, running->grid.threads - current->index / kWarp * kWarp); }
 int thread_index() { return current->index; }
 int64_t block_index() { return current->block->index; }
 int64_t block_count() { return running->grid.blocks; }
@@ -303,7 +291,8 @@ int cluster_size() { return running->grid.cluster; }
 int cluster_rank() { return current->block->rank; }
 unsigned char* shared_memory_of(int rank) { return running->blocks.at(static_cast<size_t>(rank)).shared; }
 unsigned char* async_view_of(int rank) { return running->blocks.at(static_cast<size_t>(rank)).async_view; }
-std::shared_ptr<void>& warpgroup_state() {
+std::shared_ptr<State>& thread_state() { return current->state; }
+std::shared_ptr<State>& warpgroup_state() {
   return current->block->warpgroups[static_cast<size_t>(current->index / 128)].state;
 }
 void publish_to_async_view() {
@@ -354,83 +343,6 @@ void sync_cluster() {
 }
 void sync_warp() {
   meet(kWarp, "sync_warp", nullptr, [](void**) {});
-}
-
-float shuffle_xor(float value, int mask) {
-  float mine[2] = {value, 0.f};
-  const int lanes = warp_lanes();
-  if (mask < 0 || mask >= lanes) fail("shuffle_xor reaches beyond the warp");
-  meet(kWarp, "shuffle_xor", mine, [&](void** all) {
-    for (int lane = 0; lane < lanes; ++lane)
-      static_cast<float*>(all[lane])[1] = static_cast<float*>(all[lane ^ mask])[0];
-  });
-  return mine[1];
-}
-
-void copy_async_16(void* shared, const void* global, bool valid) {
-  inside(shared, 16, "copy_async_16");
-  if (valid && reinterpret_cast<uintptr_t>(global) % 16) fail("copy_async_16 of a misaligned address");
-  const Copy copy{shared, global, valid};
-  current->open.push_back(copy);
-  if (coin()) perform(copy);  // as early as can be; and again at the latest moment
-}
-void copy_async_commit() {
-  current->groups.push_back(std::move(current->open));
-  current->open.clear();
-}
-void copy_async_wait(int pending) {
-  auto& groups = current->groups;
-  while (static_cast<int>(groups.size()) > pending) {
-    for (const Copy& copy : groups.front()) perform(copy);
-    groups.erase(groups.begin());
-  }
-}
-
-void load_matrix_x4(uint32_t (&out)[4], const void* row, bool transposed) {
-  inside(row, 16, "load_matrix_x4");
-  struct Lane {
-    const void* row;
-    uint32_t* out;
-  } mine{row, out};
-  meet(kWarp, transposed ? "load_matrix_x4_transposed" : "load_matrix_x4", &mine, [&](void** all) {
-    for (int matrix = 0; matrix < 4; ++matrix) {
-      uint16_t values[8][8];
-      for (int r = 0; r < 8; ++r) std::memcpy(values[r], static_cast<Lane*>(all[8 * matrix + r])->row, 16);
-      for (int lane = 0; lane < kWarp; ++lane) {
-        const int r = lane / 4, c = 2 * (lane % 4);
-        const uint16_t low = transposed ? values[c][r] : values[r][c];
-        const uint16_t high = transposed ? values[c + 1][r] : values[r][c + 1];
-        static_cast<Lane*>(all[lane])->out[matrix] = low | static_cast<uint32_t>(high) << 16;
-      }
-    }
-  });
-}
-
-void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_bf16) {
-  struct Lane {
-    float* d;
-    const uint32_t *a, *b;
-  } mine{d, a, b};
-  meet(kWarp, "multiply_16x8x16", &mine, [&](void** all) {
-    float left[16][16], right[8][16];
-    for (int lane = 0; lane < kWarp; ++lane) {
-      const Lane& from = *static_cast<Lane*>(all[lane]);
-      for (int half = 0; half < 2; ++half) {
-        const int k = 2 * (lane % 4) + half;
-        for (int i = 0; i < 4; ++i) left[lane / 4 + 8 * (i % 2)][k + 8 * (i / 2)] = value_of(from.a[i], half, is_bf16);
-        for (int i = 0; i < 2; ++i) right[lane / 4][k + 8 * i] = value_of(from.b[i], half, is_bf16);
-      }
-    }
-    for (int lane = 0; lane < kWarp; ++lane) {
-      float* to = static_cast<Lane*>(all[lane])->d;
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
-        float sum = 0.f;
-        for (int k = 0; k < 16; ++k) sum += left[row][k] * right[column][k];
-        to[i] += sum;
-      }
-    }
-  });
 }
 
 }  // namespace riformer::emulator

@@ -44,7 +44,7 @@ void copy_async_wait(int pending);
 void load_matrix_x4(uint32_t (&out)[4], const void* row, bool transposed);
 void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_bf16);
 
-// The parts that the sm_90 instructions in hopper.h are made of.
+// The parts that instructions are made of, those of sm_80 in ampere.cpp and those of sm_90a in hopper.cpp.
 [[noreturn]] void fail(const std::string& what);
 void happened();                                   // something that a waiting thread may wait for
 void wait_until(const std::function<bool()>& done, const char* what);
@@ -60,6 +60,14 @@ unsigned char* async_view_of(int rank);            // shared memory as the copy 
 int64_t shared_bytes();
 void publish_to_async_view();                      // fence.proxy.async: what was stored becomes visible there
 void sync_cluster();
-std::shared_ptr<void>& warpgroup_state();           // of the calling thread's warpgroup; empty at first
+int warp_lanes();                                  // of the calling thread's warp
+
+// What an instruction remembers about a thread or a warpgroup; empty at first.
+struct State {
+  virtual ~State() = default;
+  virtual const char* unfinished() const { return nullptr; }  // at the thread's end
+};
+std::shared_ptr<State>& thread_state();
+std::shared_ptr<State>& warpgroup_state();
 
 }  // namespace riformer::emulator

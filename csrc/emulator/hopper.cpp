@@ -52,10 +52,13 @@ struct Product {
   bool from_registers, add, is_bf16;
 };
 
-struct Products {
+struct Products : State {
   std::vector<Product> open;
   std::deque<std::vector<Product>> committed;  // not run yet, oldest first
   bool fenced = false;
+  const char* unfinished() const override {
+    return open.empty() && committed.empty() ? nullptr : "a product that nobody waited for";
+  }
 };
 
 float value(const unsigned char* at, bool is_bf16) {
@@ -108,9 +111,9 @@ void perform(const Product& product) {
 }
 
 Products& products() {
-  std::shared_ptr<void>& state = warpgroup_state();
+  std::shared_ptr<State>& state = warpgroup_state();
   if (!state) state = std::make_shared<Products>();
-  return *static_cast<Products*>(state.get());
+  return static_cast<Products&>(*state);
 }
 
 void perform_oldest(Products& all) {
