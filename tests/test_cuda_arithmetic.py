@@ -71,10 +71,10 @@ def test_gelu_of_every_16_bit_value(arithmetic):
         finite = x.isfinite()
         x, y = x[finite], part[finite].double()
         error = (y - exact(x)).abs()
-        # 2.5e-5 in exact arithmetic (csrc/common/gelu.h); float32 adds 6e-6 where 1/2 - 1/2 is left over, at -4.4, and
+        # 2.5e-5 in exact arithmetic (csrc/common/gelu.h); float32 adds up to 1e-5 where 1/2 - 1/2 is left over, at -4.4, and
         # beyond that the left-over grows with x.
         inside = x.abs() <= 4.4
-        assert error[inside].max().item() <= 3.2e-5
+        assert error[inside].max().item() <= 3.5e-5
         outside = ~inside
         assert (error[outside] <= 6e-6 * x[outside].double().abs()).all()
         assert ((y >= 0) | (x < 0)).all() and (y[x == 0] == 0).all()
