@@ -6,11 +6,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A CPU-capable torch; any torch from 2.10 on works, this is the one that the results were measured with.
 TORCH ?= torch==2.13.0
 SOURCES := setup.py pyproject.toml CMakeLists.txt riformer_kernels/__init__.py \
-  $(wildcard csrc/*/*.h csrc/*/*.cpp)
+  $(wildcard csrc/*/CMakeLists.txt csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 # Threads that wait in a busy loop make tests several times slower on a machine that does something else as well.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
-.PHONY: demo test test-fast bench compare sanitize lint clean
+.PHONY: demo test test-fast bench compare sanitize memcheck lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -31,11 +31,25 @@ compare: $(VENV)/.peers
 # The op tests once more under AddressSanitizer and UndefinedBehaviorSanitizer, on a second build of the library.
 # `pytest` and not `python -m pytest`, which would put this folder, and with it the normal library, first.
 sanitize: $(VENV)/.test
-	CMAKE_ARGS="-DRIFORMER_SANITIZE=address,undefined" $(PIP) install --quiet --no-build-isolation --no-deps \
+	RIFORMER_CUDA=off CMAKE_ARGS="-DRIFORMER_SANITIZE=address,undefined" $(PIP) install --quiet --no-build-isolation --no-deps \
 	  --upgrade --target build/sanitized .
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized OMP_WAIT_POLICY=passive \
 	  $(BIN)/pytest -q -p no:cacheprovider tests/test_sanitized.py
+
+# The CUDA kernels under NVIDIA's checkers: accesses, races, barriers, memory that nobody wrote. Needs a GPU, a CUDA build
+# of torch (TORCH=...) and the CUDA toolkit. The small cases only, as kernels run some hundred times slower there; without
+# PyTorch's cache of memory, so that an access beside a tensor is one beside an allocation.
+MEMCHECK := compute-sanitizer --error-exitcode=1 --target-processes=all
+MEMCHECK_TESTS := tests/test_gpu.py -m "gpu and not slow" -k "cuda and not triton and (block or embed or norm)"
+memcheck: $(VENV)/.test
+	@$(BIN)/python -c "import sys; from riformer_kernels.backends import cuda; reason = cuda.unusable(); \
+	  sys.exit(f'memcheck: no GPU to check the CUDA kernels on: {reason}' if reason else 0)"
+	@command -v compute-sanitizer >/dev/null || \
+	  { echo "memcheck: compute-sanitizer was not found; install the CUDA toolkit" >&2; exit 1; }
+	for tool in memcheck racecheck synccheck initcheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_WAIT_POLICY=passive $(MEMCHECK) --tool=$$tool \
+	    $(BIN)/python -m pytest -x -q -p no:cacheprovider --timeout=0 $(MEMCHECK_TESTS) || exit 1; done
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check riformer_kernels python csrc tests bench examples setup.py

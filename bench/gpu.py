@@ -1,7 +1,8 @@
-"""The patched model on a GPU against its peers: one command, at most eight minutes.
+"""The patched model on a GPU, with each of its backends, against its peers: one command, at most eight minutes.
 
     python bench/gpu.py                       # S12 first, then the larger ones as far as the time goes
     python bench/gpu.py --arch s12 --batch 256 --no-compile --output results.jsonl
+    python bench/gpu.py --backend cuda        # one of ours alone; the default is all that are usable
 
 Order: the machine's two ceilings (copy bandwidth, bf16 matrix rate), then for each arch and batch the check (error-ratio
 rule; a failure stops everything), then the times. Peers: eager in two layouts, torch.compile max-autotune of the model
@@ -20,13 +21,13 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import riformer
 import torch
+from gpu_kernels import fused_by, kernel_times, moved_bytes, profiled_times
 from harness import percentile
 from peers_torch import quiet
 from riformer.count import count_macs
@@ -45,7 +46,8 @@ SIDE = 8192
 SAMPLE_SECONDS = 0.02
 ROUNDS = 9
 CHECKED = 16
-OURS = "ours"
+OURS = "ours"  # and the backend
+BACKENDS = ("triton", "cuda")
 NCHW, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 
 
@@ -125,12 +127,13 @@ def ceilings() -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------------- peers
 
 
-def contenders(model: torch.nn.Module, x: Tensor, compiled: bool, clock: Clock) -> Iterator[tuple[str, Any, str]]:
-    """(name, call on ``x``, reason why there is none)."""
+def contenders(
+    model: torch.nn.Module, x: Tensor, ours: dict[str, torch.nn.Module], compiled: bool, clock: Clock
+) -> Iterator[tuple[str, Any, str]]:
+    """(name, call on ``x``, reason why there is none); ``ours``: the patched models by name."""
     laid_out = {"NCHW": x, "channels_last": x.contiguous(memory_format=CHANNELS_LAST)}
-    ours = copy.deepcopy(model)
-    riformer_kernels.patch(ours, image_size=x.shape[-1])
-    yield OURS, lambda: ours(laid_out["NCHW"]), ""
+    for name, patched in ours.items():
+        yield name, lambda patched=patched: patched(laid_out["NCHW"]), ""
     for layout, images in laid_out.items():
         twin = copy.deepcopy(model).to(memory_format=LAYOUTS[layout])
         yield f"eager {layout}", lambda twin=twin, images=images: twin(images), ""
@@ -179,85 +182,25 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-@contextmanager
-def launches(found: list[tuple[str, int, Any, Any]]) -> Iterator[None]:
-    """Meanwhile, record name, C and two device events of every launch of ours."""
-    from riformer_kernels.backends.triton import block, block_maps, embed, head, moments, norm
-
-    modules = (block, block_maps, embed, head, moments, norm)
-    original = block.launch
-
-    def launch(kernel, programs, device, *arguments, **settings):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
-        original(kernel, programs, device, *arguments, **settings)
-        events[1].record()
-        found.append((kernel.__name__.strip("_"), settings.get("C", 0), *events))
-
-    for module in modules:
-        module.launch = launch
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.launch = original
-
-
-def kernel_times(model: torch.nn.Module, x: Tensor, repeats: int = 5) -> list[dict[str, Any]]:
-    """Microseconds of our kernels per kernel and width, summed over a forward. The GPU is kept busy while the launches
-    queue up, so that no gap between them is measured."""
-    model(x)
-    sums: dict[tuple[str, int], list[float]] = {}
-    for _ in range(repeats):
-        found: list[tuple[str, int, Any, Any]] = []
-        torch.cuda._sleep(200_000_000)
-        with launches(found):
-            model(x)
-        torch.cuda.synchronize()
-        once: dict[tuple[str, int], float] = {}
-        for name, width, start, end in found:
-            once[name, width] = once.get((name, width), 0.0) + 1e3 * start.elapsed_time(end)
-        for key, value in once.items():
-            sums.setdefault(key, []).append(value)
-    return [{"kernel": name, "C": width, "us": percentile(values, 0.5)} for (name, width), values in sums.items()]
-
-
-def moved_bytes(arch: riformer.arch.ArchLike, size: int, dtype: torch.dtype) -> int:
-    """Bytes per image that our kernels move at least: every tensor between two launches, written once and read once."""
-    from riformer_kernels.backends.triton.choice import FUSED_CHANNELS
-
-    shape = riformer.arch.resolve_arch(arch)
-    side, inputs, total = size, 3, 0
-    for stage, (depth, c) in enumerate(zip(shape.layers, shape.embed_dims)):
-        kernel, stride, padding = (3, 2, 1) if stage else (7, 4, 2)
-        before, side = side, (side + 2 * padding - kernel) // stride + 1
-        total += inputs * before**2 + c * side**2
-        wide = c > FUSED_CHANNELS
-        # Fused: x in, out. Otherwise also the hidden tensor out and in, and x once more for the residual.
-        total += depth * c * side**2 * (2 + (1 + 8 if wide else 0))
-        inputs = c
-    return total * dtype.itemsize
-
-
 # ------------------------------------------------------------------------------------------------------------ a case
 
 
 def measure(
-    arch: str, batch: int, size: int, dtype: torch.dtype, top: dict[str, float], compiled: bool, clock: Clock
-) -> list[dict[str, Any]]:
+    arch: str, batch: int, size: int, dtype: torch.dtype, top: dict[str, float], compiled: bool, clock: Clock,
+    chosen: tuple[str, ...],
+) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of one arch and batch, ours first."""
     model = random_model(arch, dtype).cuda()
     x = random_images(batch, size, dtype).cuda()
     calls: dict[str, Callable[[], object]] = {}
     missing: dict[str, str] = {}
-    ratios = None
-    for name, call, reason in contenders(model, x, compiled, clock):
+    ours = {f"{OURS} {backend}": _patched(model, size, backend) for backend in chosen}
+    ratios = {name: checked(model, patched, size, dtype) for name, patched in ours.items()}
+    for name, call, reason in contenders(model, x, ours, compiled, clock):
         say(f"{arch} batch {batch}: {name} {reason}")
         if call is None:
             missing[name] = reason
             continue
-        if ratios is None:
-            ratios = checked(model, _patched(model, size), size, dtype)
         calls[name] = call
         try:
             calls[f"{name} + graph"] = graph_of(call)
@@ -265,8 +208,9 @@ def measure(
             missing[f"{name} + graph"] = describe(error)
     times = interleaved(calls)
     median = {name: percentile(values, 0.5) for name, values in times.items()}
-    flop, moved = 2 * count_macs(arch, size, count="products"), moved_bytes(arch, size, dtype)
-    memory = {name: peak_bytes(calls[name]) for name in (OURS, "eager NCHW")}
+    flop = 2 * count_macs(arch, size, count="products")
+    moved = {f"{OURS} {backend}": moved_bytes(arch, size, dtype, fused_by(backend, batch, dtype)) for backend in chosen}
+    memory = {name: peak_bytes(calls[name]) for name in (*ours, "eager NCHW")}
     common = {"kind": "gpu", "arch": arch, "batch": batch, "size": size, "dtype": str(dtype).removeprefix("torch.")}
     rows = []
     for name in [*calls, *missing]:
@@ -281,32 +225,39 @@ def measure(
                 "tflop_per_s": batch * flop / median[name] / 1e12,
                 "of_matrix_rate": batch * flop / median[name] / 1e12 / top["tflop_per_s"],
             }  # fmt: skip
-            if name.startswith(OURS):
-                row["gbyte_per_s"] = batch * moved / median[name] / 1e9
-                row["rms_error_over_eager"] = ratios.rms
+            if (mine := name.removesuffix(" + graph")) in ours:
+                row["gbyte_per_s"] = batch * moved[mine] / median[name] / 1e9
+                row["rms_error_over_eager"] = ratios[mine].rms
         row["extra_memory_bytes"] = memory.get(name)
+        if name in ours:
+            row["memory_over_eager"] = memory[name] / memory["eager NCHW"]
+            row["kernels"] = (kernel_times if name.endswith("triton") else profiled_times)(ours[name], x)
         rows.append(row)
-    rows[0]["memory_over_eager"] = memory[OURS] / memory["eager NCHW"]
-    rows[0]["kernels"] = kernel_times(_patched(model, size), x)
     torch._dynamo.reset()
     return rows
 
 
-def _patched(model: torch.nn.Module, size: int) -> torch.nn.Module:
+def _patched(model: torch.nn.Module, size: int, backend: str) -> torch.nn.Module:
     twin = copy.deepcopy(model)
-    riformer_kernels.patch(twin, verify=False, image_size=size)
+    riformer_kernels.patch(twin, verify=False, image_size=size, backend=backend)
     return twin
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def machine() -> dict[str, Any]:
     """What this ran on. No host names, no paths."""
-    import triton
-
     properties = torch.cuda.get_device_properties(0)
     return {
         "kind": "machine", "gpu": properties.name, "architecture": f"sm_{properties.major}{properties.minor}",
         "processors": properties.multi_processor_count, "memory_bytes": properties.total_memory,
-        "torch": str(torch.__version__), "cuda": torch.version.cuda, "triton": triton.__version__,
+        "torch": str(torch.__version__), "cuda": torch.version.cuda, "triton": _version("triton"),
+        "cuda_kernels": backends.cuda.architectures(),
         "python": platform.python_version(), "riformer_kernels": riformer_kernels.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
@@ -336,6 +287,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=ARCHS, choices=sorted(ARCHS))
     parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--backend", nargs="+", default=BACKENDS, choices=BACKENDS, help="default: all that are usable")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument(
@@ -348,10 +300,15 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = arguments_of(argv)
-    reason = backends.ALL["triton"].unusable()
-    if reason:
-        say(f"nothing measured: no GPU to run on ({reason})")
+    reasons = {name: backends.ALL[name].unusable() for name in arguments.backend}
+    chosen = tuple(name for name, reason in reasons.items() if reason is None)
+    if not chosen:
+        text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        say(f"nothing measured: no GPU to run on ({text})")
         return 2
+    for name, reason in reasons.items():
+        if reason:
+            say(f"not measured, backend {name}: {reason}")
     clock, rows = Clock(arguments.seconds), [machine()]
     with torch.inference_mode():
         top = ceilings()
@@ -366,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
                 compiled = not arguments.no_compile and arch == "s12" and batch in (256, 1)
                 try:
                     dtype = getattr(torch, arguments.dtype)
-                    rows += measure(arch, batch, arguments.size, dtype, top, compiled, clock)
+                    rows += measure(arch, batch, arguments.size, dtype, top, compiled, clock, chosen)
                 except torch.OutOfMemoryError as error:
                     rows.append({"kind": "gpu", "arch": arch, "batch": batch, "peer": "all", "reason": describe(error)})
                 gc.collect()
@@ -376,7 +333,8 @@ def main(argv: list[str] | None = None) -> int:
     measured = [row for row in rows if row["kind"] == "gpu"]
     for row in measured:
         for kernel in row.get("kernels", ()):
-            print(f"{row['arch']} batch {row['batch']}  {kernel['kernel']} C={kernel['C']}: {kernel['us']:.1f} us")
+            width = f" C={kernel['C']}" if "C" in kernel else ""
+            print(f"{row['arch']} batch {row['batch']}  {kernel['kernel']}{width}: {kernel['us']:.1f} us")
     print("\n".join(shown(measured)))
     return 0
 

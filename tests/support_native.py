@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,9 @@ def tool(name: str) -> str:
     return found
 
 
-def build(folder: str, target: str, *options: str, refused: str | None = None) -> Path:
+def build(folder: str, target: str, *options: str, objection: Callable[[str], object] = lambda output: None) -> Path:
     """`target` of CMakeLists.txt, built in `build/<folder>`; the library. Where it is up to date that takes a second.
-    A compiler that says ``refused`` has failed."""
+    ``objection`` to what the compilers said, where it returns one, is a failure, and the next build begins anew."""
     path = ROOT / "build" / folder
     path.mkdir(parents=True, exist_ok=True)
     configure = [
@@ -42,7 +43,7 @@ def build(folder: str, target: str, *options: str, refused: str | None = None) -
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             said = f"{' '.join(command)}\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
             assert done.returncode == 0, said
-            if refused and refused in done.stdout:
+            if found := objection(done.stdout):
                 subprocess.run([tool("cmake"), "--build", str(path), "--target", "clean"], env=environment, check=True)
-                pytest.fail(f"the compiler says {refused!r}\n{said}")
+                pytest.fail(f"{found}\n{said}")
     return path / f"lib{target}.so"

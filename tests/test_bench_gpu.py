@@ -24,13 +24,15 @@ def gpu():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_without_a_gpu_it_says_so_and_writes_nothing(gpu, capsys, tmp_path):
     assert gpu.main(["--output", str(tmp_path / "out.jsonl")]) == 2
-    assert "nothing measured: no GPU to run on (" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "nothing measured: no GPU to run on (triton: " in said and "; cuda: " in said
     assert not list(tmp_path.iterdir())
 
 
 def test_defaults_are_those_of_the_targets(gpu):
     arguments = gpu.arguments_of([])
     assert set(arguments.arch) == {"s12", "s24", "s36", "m36", "m48"} and set(arguments.batch) == {1, 64, 256, 1024}
+    assert set(arguments.backend) == {"triton", "cuda"}
     assert arguments.seconds <= 480 and arguments.size == 224 and arguments.dtype == "bfloat16"
 
 
@@ -39,7 +41,11 @@ def test_moved_bytes(gpu):
     tokens = [64 * 56**2, 128 * 28**2, 320 * 14**2, 512 * 7**2]
     embeds = 3 * 224**2 + 2 * sum(tokens) - tokens[-1]
     blocks = 2 * 2 * tokens[0] + 2 * 2 * tokens[1] + 6 * 11 * tokens[2] + 2 * 11 * tokens[3]
-    assert gpu.moved_bytes("s12", 224, torch.bfloat16) == 2 * (embeds + blocks)
+    narrow = gpu.fused_by("triton", 256, torch.bfloat16)
+    assert narrow(128, 784) and not narrow(320, 196)
+    assert gpu.moved_bytes("s12", 224, torch.bfloat16, lambda c, positions: c < 320) == 2 * (embeds + blocks)
+    all_fused = embeds + 2 * (2 * tokens[0] + 2 * tokens[1] + 6 * tokens[2] + 2 * tokens[3])
+    assert gpu.moved_bytes("s12", 224, torch.bfloat16, lambda c, positions: True) == 2 * all_fused
 
 
 def test_the_table_shows_what_was_not_measured(gpu):

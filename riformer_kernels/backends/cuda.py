@@ -80,6 +80,16 @@ def architectures() -> list[str]:
     return [] if _load() else _library().riformer_cuda_architectures().decode().split(", ")
 
 
+def block_choice(
+    batch: int, channels: int, hidden: int, positions: int, dtype: torch.dtype, architecture: int, processors: int
+) -> str:
+    """Which kernels with which tiles a block runs on a GPU of ``architecture`` (80, 90, ...) with so many
+    multiprocessors; for reports. The library must be loaded."""
+    kind = (torch.float32, torch.bfloat16, torch.float16).index(dtype)  # as in csrc/common/dtypes.h
+    found = _library().riformer_cuda_choice(batch, channels, hidden, positions, kind, architecture, processors)
+    return found.decode()
+
+
 # Registering the kernels is all that happens at import; programs that torch.export or AOTInductor saved need no more.
 _load()
 
