@@ -7,8 +7,8 @@
 //     h = z W1_j^T        64 x kChunk sums; z [64, C] and the panel [kChunk, C] in shared memory
 //     out += gelu(h) W2_j^T    64 x C sums; gelu(h) in registers, the panel [C, kChunk] in shared memory
 //
-// The second product runs on while the next chunk's first one is started; a consumer's GELU overlaps the products of the
-// others. Panels arrive in a ring, W1_0, W2_0, W1_1, ...; each has C * kChunk values. Where all of them fit (C <= 96) they
+// The second product runs on while the next chunk's first one is started (but at C = 192 and 384); a consumer's GELU
+// overlaps the products of the others. Panels arrive in a ring, W1_0, W2_0, W1_1, ...; each has C * kChunk values. Where all of them fit (C <= 96) they
 // are loaded once and stay. For C >= 320 two thread blocks form a cluster and each loads half of every panel for both.
 //
 // Shared memory: barriers [1 KiB], consumers' tiles [kConsumers][64 x C], the ring [stages][C x kChunk].
@@ -31,6 +31,10 @@ struct FusedConfig {
   static constexpr int kConsumers = C <= 64 ? 4 : C <= 192 ? 3 : 2;
   static constexpr int kChunk = C <= 320 ? 64 : 32;
   static constexpr int kCluster = C >= 320 ? 2 : 1;
+  // Whether a chunk's second product runs on under the next one's first. At 192 (with three consumers) and 384 the registers
+  // do not hold both products' operands, and ptxas would put every single wgmma in a row; there the other consumers fill
+  // the gap between chunks.
+  static constexpr bool kRunsOn = C != 192 && C != 384;
   static constexpr int kSlotsPerTurn = kConsumers * kCluster;
   static constexpr int kParts = C > 192 ? 2 : 1;  // of the second product: at most 256 columns each
   static constexpr int kWidth = C / kParts;
@@ -206,7 +210,7 @@ RIFORMER_DEVICE void consume(const FusedArgs& args, const Ring& ring, int turn) 
                            advanced(fc1, piece * kChunk * Tile::kRowBytes + inside), c > 0);
       }
       product_commit();
-      if (chunk > 0) {
+      if (Config::kRunsOn && chunk > 0) {
         product_wait<1>();
         release_panel<C>(ring, held, args.resident);
       }
@@ -226,11 +230,15 @@ RIFORMER_DEVICE void consume(const FusedArgs& args, const Ring& ring, int turn) 
           product<T, kWidth>(sums[part], g[k], advanced(fc2, part * kWidth * kPanelRow + 32 * k), true);
       }
       product_commit();
+      if (!Config::kRunsOn) {
+        product_wait<0>();
+        release_panel<C>(ring, held, args.resident);
+      }
     }
     product_wait<0>();
     RIFORMER_UNROLL
     for (int part = 0; part < kParts; ++part) keep_after_wait(sums[part]);
-    release_panel<C>(ring, held, args.resident);
+    if (Config::kRunsOn) release_panel<C>(ring, held, args.resident);
     if (args.resident) place = RingPlace{};
     if (group_thread() == 0) store_word(group_words(ring) + 1, static_cast<uint32_t>(2 * place.stage + place.parity));
     slot = slot_of(args.block, args.slots, group_slot<C>(static_cast<int>(load_word(group_words(ring)))));
