@@ -21,6 +21,8 @@ Tensor aligned(const Tensor& tensor) {
   return fits ? tensor : torch::stable::clone(tensor);  // which keeps dense strides
 }
 
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
 std::string place_of(const Tensor& tensor) {
   if (tensor.is_cpu()) return "the CPU";
   if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
@@ -61,7 +63,7 @@ Tensor new_tokens(const Tensor& x, ScalarType dtype) {
 
 // `result` in the memory format of x; a copy only where that is NCHW.
 Tensor in_layout_of(const Tensor& x, const Tensor& result) {
-  return is_channels_last(x) ? result : torch::stable::contiguous(result);
+  return is_channels_last(x) ? result : dense(result);
 }
 
 // The parameters of a call as the kernels read them; copies stay alive here until the launch.
@@ -76,8 +78,8 @@ class Parameters {
   }
   // In the tokens' dtype, row-major.
   const void* matrix(const Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
-    const bool dense = check_matrix(tensor, rows, columns, name);
-    return converted(dense ? tensor : torch::stable::contiguous(tensor), name);
+    const bool row_major = check_matrix(tensor, rows, columns, name);
+    return converted(row_major ? tensor : torch::stable::contiguous(tensor), name);
   }
   // [C, Cin, KH, KW] as [C, KH, KW, Cin]; what a model in channels_last has already.
   const void* taps(const Tensor& tensor, const char* name) {
@@ -85,7 +87,7 @@ class Parameters {
   }
   Parameter hold(const Tensor& tensor, const char* name) {
     check_place(tensor, x_, name);
-    held_.push_back(torch::stable::contiguous(tensor));
+    held_.push_back(dense(tensor));
     return {held_.back().const_data_ptr(), dtype_of(tensor.scalar_type(), name)};
   }
 
@@ -117,7 +119,7 @@ Tensor dense_moments(const OptionalTensor& moments, const Tensor& x, bool per_po
   if (per_position) return Tensor();
   check_moments(moments, x);
   check_place(*moments, x, "moments");
-  return aligned(torch::stable::contiguous(*moments));
+  return aligned(dense(*moments));
 }
 
 const float* data_of(const Tensor& moments) {

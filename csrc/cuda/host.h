@@ -80,7 +80,8 @@ class Call {
       fail("riformer: the CUDA kernels are compiled for ", RIFORMER_ARCHITECTURES, " and cuda:", x.get_device_index(),
            " has compute capability ", device_.architecture / 10, ".", device_.architecture % 10,
            "; install the package with RIFORMER_CUDA_ARCHITECTURES=", device_.architecture, ", or use another backend");
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &device_.stream));
+    if (aoti_torch_get_current_cuda_stream(x.get_device_index(), &device_.stream))
+      fail("riformer: PyTorch gives no current stream of cuda:", x.get_device_index());
   }
   const Device& device() const { return device_; }
   void* result(const Tensor& out) { return out.mutable_data_ptr(); }
