@@ -96,10 +96,10 @@ BlockChoice choose_block(const BlockProblem& problem) {
   const int64_t per_image = slots_per_image(problem);
   if (problem.dtype == DType::f32) return {BlockFamily::float32, BlockForm::pair_wide, per_image};
   const int64_t slots = slot_count(problem.rows, problem.positions, per_image);
-  // A fused kernel has a slot in a warpgroup, two to four of them on a multiprocessor: with few slots most would be idle.
-  const bool few = slots * 2 <= problem.processors;
   if (has_sm90() && problem.architecture == 90) {
     if (fused_sm90_serves(problem.channels, problem.hidden)) {
+      // A slot is a warpgroup's, two to four of them a multiprocessor's: with few slots most would be idle.
+      const bool few = slots * 2 <= problem.processors;
       const bool narrow = few && narrow_sm90_serves(problem.channels, problem.hidden);
       return {BlockFamily::sm90, narrow ? BlockForm::pair_narrow : BlockForm::fused, per_image};
     }
@@ -108,7 +108,8 @@ BlockChoice choose_block(const BlockProblem& problem) {
       return {BlockFamily::sm90, narrow ? BlockForm::pair_narrow : BlockForm::pair_wide, per_image};
     }
   }
-  const bool fused = fused_serves(problem.channels, problem.hidden) && !few;
+  const bool fused =
+      fused_serves(problem.channels, problem.hidden) && fused_fills(problem.channels, slots, problem.processors);
   return {BlockFamily::sm80, fused ? BlockForm::fused : BlockForm::pair_wide, per_image};
 }
 

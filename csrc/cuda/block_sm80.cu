@@ -16,10 +16,10 @@ bool fused_serves(int64_t channels, int64_t hidden) {
   return divides;
 }
 
-bool fused_fills(const BlockKernelArgs& args, const Device& device) {
+bool fused_fills(int64_t channels, int64_t slots, int processors) {
   int64_t blocks = 0;
-  sm80::with_fused_shape(args.channels, [&](auto shape) { blocks = sm80::fused_blocks<decltype(shape)>(args); });
-  return 2 * blocks >= device.processors;
+  sm80::with_fused_shape(channels, [&](auto shape) { blocks = sm80::fused_blocks<decltype(shape)>(slots); });
+  return 2 * blocks >= processors;
 }
 
 std::string describe_fused_sm80(int64_t channels) {

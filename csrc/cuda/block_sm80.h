@@ -222,13 +222,14 @@ RIFORMER_KERNEL(Shape::kThreads, Shape::kBlocks) fused_kernel(RIFORMER_GRID_CONS
 }
 
 template <class Shape>
-int64_t fused_blocks(const BlockKernelArgs& args) {
-  return (slot_count(args.rows, args.positions, args.slots_per_image) + Shape::kSlots - 1) / Shape::kSlots;
+int64_t fused_blocks(int64_t slots) {
+  return (slots + Shape::kSlots - 1) / Shape::kSlots;
 }
 
 template <class T, class Shape>
 void launch_fused(const BlockKernelArgs& args, const Device& device) {
-  Launch how{"riformer block sm80 fused", fused_blocks<Shape>(args), Shape::kThreads, Shape::kSharedBytes};
+  const int64_t slots = slot_count(args.rows, args.positions, args.slots_per_image);
+  Launch how{"riformer block sm80 fused", fused_blocks<Shape>(slots), Shape::kThreads, Shape::kSharedBytes};
   how.stream = device.stream;
   with_row_mode(args, [&](auto mode) { launch(fused_kernel<T, Shape, decltype(mode)::value>, how, args); });
 }

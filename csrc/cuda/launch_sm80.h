@@ -14,10 +14,9 @@ namespace riformer::cuda {
 // Whether launch_fused_sm80 takes these widths; it is for 16-bit tokens.
 bool fused_serves(int64_t channels, int64_t hidden);
 
-// Whether the fused kernel keeps at least half of the multiprocessors at work, in blocks of 128 rows. With fewer the
-// two kernels spread the same work over more of them; the bits are the same, so this may follow the batch. An
-// estimate.
-bool fused_fills(const BlockKernelArgs& args, const Device& device);
+// Whether the fused kernel keeps at least half of the multiprocessors at work on so many slots. With fewer the two
+// kernels spread the same work over more of them; the bits are the same, so this may follow the batch. An estimate.
+bool fused_fills(int64_t channels, int64_t slots, int processors);
 
 // The whole block in one kernel; `between` is not used. T is bf16 or f16.
 template <class T>
