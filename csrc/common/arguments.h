@@ -1,5 +1,5 @@
-// What the bindings of every device check and derive from the ops' arguments in the same way. Bindings only: it includes
-// torch, through the LibTorch stable ABI.
+// What the bindings of every device check and derive from the ops' arguments in the same way. Bindings only: it
+// includes torch, through the LibTorch stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -23,12 +23,12 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // The parameters of `block` in the order of its schema, and their names to hand them on.
-#define RIFORMER_BLOCK_PARAMETERS                                                                                     \
-  const OptionalTensor &layer_scale_1, const OptionalTensor &norm1_weight, const OptionalTensor &norm1_bias,          \
-      const OptionalTensor &affine_weight, const OptionalTensor &affine_bias, double eps1, const Tensor &norm2_weight, \
-      const Tensor &norm2_bias, double eps2, const Tensor &fc1_weight, const OptionalTensor &fc1_bias,                \
-      const Tensor &fc2_weight, const OptionalTensor &fc2_bias, const OptionalTensor &layer_scale_2, bool per_position, \
-      bool residual
+#define RIFORMER_BLOCK_PARAMETERS                                                                            \
+  const OptionalTensor &layer_scale_1, const OptionalTensor &norm1_weight, const OptionalTensor &norm1_bias, \
+      const OptionalTensor &affine_weight, const OptionalTensor &affine_bias, double eps1,                   \
+      const Tensor &norm2_weight, const Tensor &norm2_bias, double eps2, const Tensor &fc1_weight,           \
+      const OptionalTensor &fc1_bias, const Tensor &fc2_weight, const OptionalTensor &fc2_bias,              \
+      const OptionalTensor &layer_scale_2, bool per_position, bool residual
 #define RIFORMER_BLOCK_ARGUMENTS                                                                                    \
   layer_scale_1, norm1_weight, norm1_bias, affine_weight, affine_bias, eps1, norm2_weight, norm2_bias, eps2,        \
       fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale_2, per_position, residual
@@ -79,8 +79,8 @@ inline bool is_channels_last(const Tensor& x) {
 }
 
 inline Tensor empty_tokens(const Tensor& x, ScalarType dtype, MemoryFormat format) {
-  return torch::stable::empty({x.size(0), x.size(1), x.size(2), x.size(3)}, dtype, std::nullopt, x.device(), std::nullopt,
-                              format);
+  return torch::stable::empty({x.size(0), x.size(1), x.size(2), x.size(3)}, dtype, std::nullopt, x.device(),
+                              std::nullopt, format);
 }
 
 inline Tensor new_moments(const Tensor& x, int64_t channels) {
@@ -118,7 +118,8 @@ void describe_embed(Args& args, const Tensor& x, const Tensor& weight, int64_t s
          "; expected [channels, ", x.size(1), ", kernel height, kernel width]");
   if (weight.size(1) * weight.size(2) * weight.size(3) == 0)
     fail("riformer::embed: weight has shape ", shape_of(weight), ": there is nothing to sum");
-  if (stride < 1 || padding < 0) fail("riformer::embed: stride ", stride, " and padding ", padding, ", expected >= 1 and >= 0");
+  if (stride < 1 || padding < 0)
+    fail("riformer::embed: stride ", stride, " and padding ", padding, ", expected >= 1 and >= 0");
   args.batch = x.size(0);
   args.in_channels = x.size(1);
   args.height = x.size(2);

@@ -40,7 +40,8 @@ void check_place(const Tensor& tensor, const Tensor& x, const char* name) {
 
 void check_width(int64_t channels, const char* op) {
   if (channels % 8)
-    fail("riformer::", op, ": ", channels, " channels, expected a multiple of 8; use backend='reference' for other widths");
+    fail("riformer::", op, ": ", channels,
+         " channels, expected a multiple of 8; use backend='reference' for other widths");
 }
 
 // Whether channels are contiguous and rows follow each other. Sizes of 1 may have any stride.
@@ -83,7 +84,8 @@ class Parameters {
   }
   // [C, Cin, KH, KW] as [C, KH, KW, Cin]; what a model in channels_last has already.
   const void* taps(const Tensor& tensor, const char* name) {
-    return converted(is_token_layout(tensor) ? tensor : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast), name);
+    const bool in_order = is_token_layout(tensor);
+    return converted(in_order ? tensor : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast), name);
   }
   Parameter hold(const Tensor& tensor, const char* name) {
     check_place(tensor, x_, name);
@@ -104,8 +106,9 @@ class Parameters {
     const ScalarType to =
         dtype_ == DType::f32 ? ScalarType::Float : dtype_ == DType::bf16 ? ScalarType::BFloat16 : ScalarType::Half;
     held_.push_back(torch::stable::empty({count}, to, std::nullopt, tensor.device()));
-    riformer::cuda::convert(call_.device(), tensor.const_data_ptr(), own, held_.back().mutable_data_ptr(), dtype_, count);
-    return held_.back().const_data_ptr();
+    void* out = held_.back().mutable_data_ptr();
+    riformer::cuda::convert(call_.device(), tensor.const_data_ptr(), own, out, dtype_, count);
+    return out;
   }
 
   const Call& call_;
@@ -135,7 +138,8 @@ Tensor moments(const Tensor& x) {
   Call call(x);
   Tensor out = new_moments(x, args.channels);
   if (args.batch * args.channels == 0) return out;
-  if (args.positions == 0) fail("riformer::moments: x has shape ", shape_of(x), ": moments of no positions do not exist");
+  if (args.positions == 0)
+    fail("riformer::moments: x has shape ", shape_of(x), ": moments of no positions do not exist");
   const Tensor tokens = as_tokens(x);
   args.device = call.device();
   args.x = tokens.const_data_ptr();
@@ -245,8 +249,8 @@ Tensor norm(const Tensor& x, const OptionalTensor& moments, const Tensor& weight
   return in_layout_of(x, out);
 }
 
-Tensor head(const Tensor& x, const OptionalTensor& moments, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
-            const Tensor& fc_weight, const OptionalTensor& fc_bias, bool per_position, ScalarType dtype) {
+Tensor head(const Tensor& x, const OptionalTensor& moments, const Tensor& norm_weight, const Tensor& norm_bias,
+            double eps, const Tensor& fc_weight, const OptionalTensor& fc_bias, bool per_position, ScalarType dtype) {
   check_tokens(x, "head");
   check_served(x, "head");
   check_width(x.size(1), "head");
@@ -269,7 +273,8 @@ Tensor head(const Tensor& x, const OptionalTensor& moments, const Tensor& norm_w
   args.per_position = per_position;
   Tensor out = torch::stable::empty({args.batch, args.classes}, dtype, std::nullopt, x.device());
   if (args.batch * args.classes == 0) return out;
-  if (args.positions * args.channels == 0) fail("riformer::head: x has shape ", shape_of(x), ": there is nothing to pool");
+  if (args.positions * args.channels == 0)
+    fail("riformer::head: x has shape ", shape_of(x), ": there is nothing to pool");
   const Tensor tokens = per_position ? as_tokens(x) : x;
   args.x = tokens.const_data_ptr();
   args.out = call.result(out);

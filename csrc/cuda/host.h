@@ -37,7 +37,7 @@ inline bool served(const Tensor& tensor) { return tensor.is_cuda(); }
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();
-  fail("riformer: ", what, ": ", cudaGetErrorString(status), " (", cudaGetErrorName(status), ")");
+  fail("riformer: asking a GPU for ", what, ": ", cudaGetErrorString(status), " (", cudaGetErrorName(status), ")");
 }
 
 // Whether this library has code for a GPU: machine code serves its own major version from its minor version on, that
@@ -63,9 +63,9 @@ inline Device device_of(int index) {
   Device& device = known[static_cast<size_t>(index)];
   if (device.processors == 0) {
     int major = 0, minor = 0, processors = 0;
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "the compute capability of the GPU");
-    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "the compute capability of the GPU");
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index), "the multiprocessors of the GPU");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "its compute capability");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "its compute capability");
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index), "its multiprocessors");
     device = {10 * major + minor, processors, nullptr};
   }
   return device;
@@ -118,7 +118,9 @@ inline int64_t shared_limit(int architecture) {
 
 class Call {
  public:
-  explicit Call(const Tensor&) : device_(emulated_device()) { emulator::set_shared_limit(shared_limit(device_.architecture)); }
+  explicit Call(const Tensor&) : device_(emulated_device()) {
+    emulator::set_shared_limit(shared_limit(device_.architecture));
+  }
   const Device& device() const { return device_; }
   // Memory for `out`, copied there by `finish`.
   void* result(const Tensor& out) {
@@ -129,8 +131,8 @@ class Call {
     for (const Region& region : regions_) {
       for (int64_t i = 0; i < kWorkspaceAlignment; ++i)
         if (region.data[-1 - i] != 0xff || region.data[region.bytes + i] != 0xff)
-          fail("riformer: emulated kernels wrote ", i, " bytes outside ", region.target ? "a result" : "the workspace", " of ",
-               region.bytes, " bytes");
+          fail("riformer: emulated kernels wrote ", i, " bytes outside ", region.target ? "a result" : "the workspace",
+               " of ", region.bytes, " bytes");
       if (region.target) std::memcpy(region.target, region.data, static_cast<size_t>(region.bytes));
     }
   }
@@ -145,8 +147,9 @@ class Call {
     const auto size = static_cast<size_t>(bytes + 3 * kWorkspaceAlignment);
     memory_.push_back(std::make_unique<unsigned char[]>(size));
     std::memset(memory_.back().get(), 0xff, size);
-    regions_.push_back({static_cast<unsigned char*>(aligned(memory_.back().get() + kWorkspaceAlignment)), bytes, target});
-    return regions_.back().data;
+    auto* data = static_cast<unsigned char*>(aligned(memory_.back().get() + kWorkspaceAlignment));
+    regions_.push_back({data, bytes, target});
+    return data;
   }
 
   Device device_;
