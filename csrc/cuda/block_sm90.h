@@ -8,8 +8,9 @@
 //     out += gelu(h) W2_j^T    64 x C sums; gelu(h) in registers, the panel [C, kChunk] in shared memory
 //
 // The second product runs on while the next chunk's first one is started (but at C = 192 and 384); a consumer's GELU
-// overlaps the products of the others. Panels arrive in a ring, W1_0, W2_0, W1_1, ...; each has C * kChunk values. Where all of them fit (C <= 96) they
-// are loaded once and stay. For C >= 320 two thread blocks form a cluster and each loads half of every panel for both.
+// overlaps the products of the others. Panels arrive in a ring, W1_0, W2_0, W1_1, ...; each has C * kChunk values. Where
+// all of them fit (C <= 96) they are loaded once and stay. For C >= 320 two thread blocks form a cluster and each loads
+// half of every panel for both.
 //
 // Shared memory: barriers [1 KiB], consumers' tiles [kConsumers][64 x C], the ring [stages][C x kChunk].
 // Cost of a slot: 16 * 64 * C^2 operations, and 64 * 4 C GELUs of 12 instructions. Weights read from L2: 16 C^2 bytes per
@@ -22,7 +23,6 @@
 namespace riformer::cuda {
 
 constexpr int kSharedLimit = 232448;  // of a thread block, sm_90 (CUDA programming guide)
-
 constexpr int kMostConsumers = 4;
 
 template <int C>
