@@ -10,9 +10,9 @@
 namespace riformer::cuda {
 namespace {
 
-// Wasted rows that a pass of its own for the moments is worth: slots that end with their image make 49 of 56 x 56 without
-// loss and 13 of 28 x 28 with 6 %; 14 x 14 would lose 31 %, where the pass reads the block's output once more, by the bytes
-// 5 % of the block's time at C = 320.
+// Wasted rows that a pass of its own for the moments is worth: slots that end with their image make 49 of 56 x 56
+// without loss and 13 of 28 x 28 with 6 %; 14 x 14 would lose 31 %, where the pass reads the block's output once more,
+// by the bytes 5 % of the block's time at C = 320.
 constexpr int64_t kMostWasted = 8;  // per cent
 
 int64_t slots_per_image(const BlockProblem& problem) {
@@ -26,8 +26,12 @@ bool fused_sm90_serves(int64_t channels, int64_t hidden) {
     if (channels == served) return hidden % 64 == 0;
   return false;
 }
-bool wide_sm90_serves(int64_t channels, int64_t hidden) { return channels % 128 == 0 && channels <= 768 && hidden % 128 == 0; }
-bool narrow_sm90_serves(int64_t channels, int64_t hidden) { return channels % 64 == 0 && channels <= 768 && hidden % 64 == 0; }
+bool wide_sm90_serves(int64_t channels, int64_t hidden) {
+  return channels % 128 == 0 && channels <= 768 && hidden % 128 == 0;
+}
+bool narrow_sm90_serves(int64_t channels, int64_t hidden) {
+  return channels % 64 == 0 && channels <= 768 && hidden % 64 == 0;
+}
 
 void launch_block_sm80(BlockForm form, DType dtype, const BlockKernelArgs& block, const Device& device) {
   const bool is_bf16 = dtype == DType::bf16;
@@ -38,8 +42,8 @@ void launch_block_sm80(BlockForm form, DType dtype, const BlockKernelArgs& block
 }
 
 BlockProblem problem_of(const BlockArgs& args) {
-  return {args.channels, args.hidden, args.positions, args.batch * args.positions, args.dtype, args.per_position,
-          args.device.architecture, args.device.processors};
+  return {args.channels, args.hidden,       args.positions,           args.batch * args.positions,
+          args.dtype,    args.per_position, args.device.architecture, args.device.processors};
 }
 
 // Where the intermediate results lie in the workspace, in bytes from its start.
@@ -72,7 +76,8 @@ bool has_sm90() { return true; }
 #else
 bool has_sm90() { return false; }
 void launch_block_sm90(BlockForm, DType, const BlockKernelArgs&, const Device&) {
-  throw std::runtime_error("riformer: this library has no code for sm_90a; build it with RIFORMER_CUDA_ARCHITECTURES=\"80;90a\"");
+  throw std::runtime_error(
+      "riformer: this library has no code for sm_90a; build it with RIFORMER_CUDA_ARCHITECTURES=\"80;90a\"");
 }
 #endif
 
@@ -116,8 +121,11 @@ BlockChoice choose_block(const BlockProblem& problem) {
 std::string BlockProblem::text() const {
   std::ostringstream out;
   out << channels << " channels, " << hidden << " hidden, " << positions << " positions, " << rows << " rows of "
-      << (dtype == DType::f32 ? "float32" : dtype == DType::bf16 ? "bfloat16" : "float16") << ", "
-      << (per_position ? "LayerNorm" : "GroupNorm") << ", sm_" << architecture << " with " << processors << " multiprocessors";
+      << (dtype == DType::f32    ? "float32"
+          : dtype == DType::bf16 ? "bfloat16"
+                                 : "float16")
+      << ", " << (per_position ? "LayerNorm" : "GroupNorm") << ", sm_" << architecture << " with " << processors
+      << " multiprocessors";
   return out.str();
 }
 
@@ -126,7 +134,8 @@ std::string choice_text(const BlockProblem& problem, const BlockChoice& choice) 
   if (choice.family == BlockFamily::float32)
     kernels = describe_block_float32();
   else if (choice.family == BlockFamily::sm80)
-    kernels = choice.form == BlockForm::fused ? describe_fused_sm80(problem.channels) : describe_two_kernels_sm80(problem.channels);
+    kernels = choice.form == BlockForm::fused ? describe_fused_sm80(problem.channels)
+                                              : describe_two_kernels_sm80(problem.channels);
   else
     kernels = describe_block_sm90(choice.form, problem.channels, problem.hidden);
   if (problem.per_position) return kernels;

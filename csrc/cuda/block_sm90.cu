@@ -29,8 +29,10 @@ void launch_fused(const BlockKernelArgs& block, const Device& device) {
   const int64_t per_cluster = Config::kConsumers * Config::kCluster;
   const int64_t clusters = std::min<int64_t>((args.slots + per_cluster - 1) / per_cluster,
                                              std::max(device.processors / Config::kCluster, 1));
-  launch(fused_sm90<T, C>, {"fused_sm90", clusters * Config::kCluster, Config::kThreads, Config::shared_bytes(block.hidden),
-                            Config::kCluster, device.stream}, args);
+  launch(fused_sm90<T, C>,
+         {"fused_sm90", clusters * Config::kCluster, Config::kThreads, Config::shared_bytes(block.hidden),
+          Config::kCluster, device.stream},
+         args);
 }
 
 template <class T, int Consumers, int Width>
@@ -45,10 +47,11 @@ void launch_expand(const BlockKernelArgs& block, const Device& device) {
   const int tiles = block.hidden / Width, splits = expand_splits(groups, tiles, device.processors);
   args.column_tiles = tiles / splits;
   args.stages = ring_stages(Config::fixed_bytes(block.channels), Config::kPanelBytes);
-  launch(expand_sm90<T, Consumers, Width>,
-         {"expand_sm90", groups * splits, Config::kThreads,
-          Config::fixed_bytes(block.channels) + static_cast<int64_t>(args.stages) * Config::kPanelBytes, 1, device.stream},
-         args);
+  launch(
+      expand_sm90<T, Consumers, Width>,
+      {"expand_sm90", groups * splits, Config::kThreads,
+       Config::fixed_bytes(block.channels) + static_cast<int64_t>(args.stages) * Config::kPanelBytes, 1, device.stream},
+      args);
 }
 
 template <class T, int Consumers, int Width>
@@ -85,7 +88,8 @@ void launch_block(BlockForm form, const BlockKernelArgs& block, const Device& de
       case 192: return launch_fused<T, 192>(block, device);
       case 320: return launch_fused<T, 320>(block, device);
       case 384: return launch_fused<T, 384>(block, device);
-      default: throw std::runtime_error("riformer: no fused sm_90 kernel for " + std::to_string(block.channels) + " channels");
+      default:
+        throw std::runtime_error("riformer: no fused sm_90 kernel for " + std::to_string(block.channels) + " channels");
     }
   }
 }
@@ -93,17 +97,19 @@ void launch_block(BlockForm form, const BlockKernelArgs& block, const Device& de
 template <int C>
 std::string describe_fused(int64_t hidden) {
   using Config = FusedConfig<C>;
-  return "fused_sm90: " + std::to_string(Config::kConsumers) + " warpgroups of 64 rows, " + std::to_string(Config::kChunk) +
-         " hidden channels at a time, " + std::to_string(Config::stages(hidden)) + " panels " +
-         (Config::resident(hidden) ? "that stay" : "in a ring") + ", clusters of " + std::to_string(Config::kCluster) + ", " +
-         std::to_string(Config::shared_bytes(hidden)) + " bytes of shared memory";
+  return "fused_sm90: " + std::to_string(Config::kConsumers) + " warpgroups of 64 rows, " +
+         std::to_string(Config::kChunk) + " hidden channels at a time, " + std::to_string(Config::stages(hidden)) +
+         " panels " + (Config::resident(hidden) ? "that stay" : "in a ring") + ", clusters of " +
+         std::to_string(Config::kCluster) + ", " + std::to_string(Config::shared_bytes(hidden)) +
+         " bytes of shared memory";
 }
 
 }  // namespace
 
 std::string describe_block_sm90(BlockForm form, int64_t channels, int64_t hidden) {
   if (form == BlockForm::pair_wide) return "expand_sm90 and project_sm90: 2 warpgroups of 64 rows x 128 columns";
-  if (form == BlockForm::pair_narrow) return "expand_sm90 (64 rows x 64 columns) and project_sm90 (64 rows x 32 columns)";
+  if (form == BlockForm::pair_narrow)
+    return "expand_sm90 (64 rows x 64 columns) and project_sm90 (64 rows x 32 columns)";
   switch (channels) {
     case 64: return describe_fused<64>(hidden);
     case 96: return describe_fused<96>(hidden);

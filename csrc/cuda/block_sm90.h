@@ -8,14 +8,14 @@
 //     out += gelu(h) W2_j^T    64 x C sums; gelu(h) in registers, the panel [C, kChunk] in shared memory
 //
 // The second product runs on while the next chunk's first one is started (but at C = 192 and 384); a consumer's GELU
-// overlaps the products of the others. Panels arrive in a ring, W1_0, W2_0, W1_1, ...; each has C * kChunk values. Where
-// all of them fit (C <= 96) they are loaded once and stay. For C >= 320 two thread blocks form a cluster and each loads
-// half of every panel for both.
+// overlaps the products of the others. Panels arrive in a ring, W1_0, W2_0, W1_1, ...; each has C * kChunk values.
+// Where all of them fit (C <= 96) they are loaded once and stay. For C >= 320 two thread blocks form a cluster and each
+// loads half of every panel for both.
 //
 // Shared memory: barriers [1 KiB], consumers' tiles [kConsumers][64 x C], the ring [stages][C x kChunk].
-// Cost of a slot: 16 * 64 * C^2 operations, and 64 * 4 C GELUs of 12 instructions. Weights read from L2: 16 C^2 bytes per
-// thread block, so 1 / (32 kConsumers) bytes per multiply-add (half with clusters): at two consumers and the full matrix
-// rate 32 bytes per clock and multiprocessor, about what the L2 gives; hence the clusters.
+// Cost of a slot: 16 * 64 * C^2 operations, and 64 * 4 C GELUs of 12 instructions. Weights read from L2: 16 C^2 bytes
+// per thread block, so 1 / (32 kConsumers) bytes per multiply-add (half with clusters): at two consumers and the full
+// matrix rate 32 bytes per clock and multiprocessor, about what the L2 gives; hence the clusters.
 #pragma once
 
 #include "slot_sm90.h"
@@ -31,9 +31,9 @@ struct FusedConfig {
   static constexpr int kConsumers = C <= 64 ? 4 : C <= 192 ? 3 : 2;
   static constexpr int kChunk = C <= 320 ? 64 : 32;
   static constexpr int kCluster = C >= 320 ? 2 : 1;
-  // Whether a chunk's second product runs on under the next one's first. At 192 (with three consumers) and 384 the registers
-  // do not hold both products' operands, and ptxas would put every single wgmma in a row; there the other consumers fill
-  // the gap between chunks.
+  // Whether a chunk's second product runs on under the next one's first. At 192 (with three consumers) and 384 the
+  // registers do not hold both products' operands, and ptxas would put every single wgmma in a row; there the other
+  // consumers fill the gap between chunks.
   static constexpr bool kRunsOn = C != 192 && C != 384;
   static constexpr int kSlotsPerTurn = kConsumers * kCluster;
   static constexpr int kParts = C > 192 ? 2 : 1;  // of the second product: at most 256 columns each
@@ -58,7 +58,9 @@ struct FusedConfig {
     const int64_t most = kMostStages < 8 && !resident(hidden) ? kMostStages : resident(hidden) ? panels(hidden) : 8;
     return static_cast<int>(most);
   }
-  static int64_t shared_bytes(int64_t hidden) { return kFixedBytes + static_cast<int64_t>(stages(hidden)) * kPanelBytes; }
+  static int64_t shared_bytes(int64_t hidden) {
+    return kFixedBytes + static_cast<int64_t>(stages(hidden)) * kPanelBytes;
+  }
 };
 
 struct FusedArgs {
@@ -86,7 +88,7 @@ RIFORMER_DEVICE void copy_panels(const FusedArgs& args, const Ring& ring, int tu
   RingPlace place;
   for (; turn * Config::kSlotsPerTurn < args.slots; turn += turn_step<C>()) {
     RIFORMER_NO_UNROLL  // in 24 registers
-    for (int chunk = 0; chunk < chunks; ++chunk) {
+        for (int chunk = 0; chunk < chunks; ++chunk) {
       for (int second = 0; second < 2; ++second) {
         unsigned char* panel = ring.panel(place.stage);
         uint64_t* full = ring.full + place.stage;
@@ -130,7 +132,8 @@ RIFORMER_DEVICE void release_panel(const Ring& ring, int stage, bool resident) {
 
 // h to T after GELU, as the A operand of the second product: two groups of eight columns are sixteen k.
 template <class T, int Chunk>
-RIFORMER_DEVICE void gelu_fragments(const float (&h)[Chunk / 2], const float* bias, uint32_t (&g)[Chunk / 16][4], int t) {
+RIFORMER_DEVICE void gelu_fragments(const float (&h)[Chunk / 2], const float* bias, uint32_t (&g)[Chunk / 16][4],
+                                    int t) {
   RIFORMER_UNROLL
   for (int j = 0; j < Chunk / 8; ++j) {
     const Pair b = load_pair(bias + 8 * j + 2 * (t % 4));

@@ -1,8 +1,8 @@
 // Which kernels a block runs: pure functions of the problem, no GPU needed.
 //
-// The family depends on channels, hidden, dtype and architecture alone. Within a family the forms give the same bits, as
-// every sum is one chain over k upwards in the same steps; so the form may depend on how many rows there are, and an image
-// still has the same result in every batch.
+// The family depends on channels, hidden, dtype and architecture alone. Within a family the forms give the same bits,
+// as every sum is one chain over k upwards in the same steps; so the form may depend on how many rows there are, and an
+// image still has the same result in every batch.
 //
 // The entries are estimates from registers, shared memory and operations; none has been timed yet.
 #pragma once
@@ -36,8 +36,8 @@ struct BlockChoice {
 BlockChoice choose_block(const BlockProblem& problem);
 std::string choice_text(const BlockProblem& problem, const BlockChoice& choice);
 
-// Into how many thread blocks the columns of one row tile are divided: the divisor of `tiles` that needs the least time on
-// `processors`, where every division repeats the prologue.
+// Into how many thread blocks the columns of one row tile are divided: the divisor of `tiles` that needs the least time
+// on `processors`, where every division repeats the prologue.
 int expand_splits(int64_t groups, int tiles, int processors);
 
 // Whether code for sm_90a is in this library.

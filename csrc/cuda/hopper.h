@@ -1,5 +1,6 @@
 // The instructions that sm_90a adds: barriers that count bytes, the tensor copy engine, warpgroup products, clusters.
-// Same two forms as device.h. Names and layouts follow the PTX manual (sections on mbarrier, cp.async.bulk.tensor, wgmma).
+// Same two forms as device.h. Names and layouts follow the PTX manual (sections on mbarrier, cp.async.bulk.tensor,
+// wgmma).
 #pragma once
 
 #include <cstdint>
@@ -40,7 +41,8 @@ RIFORMER_DEVICE void barrier_arrive_at(uint64_t* barrier, int rank) {
 }
 // One arrival, and `bytes` more to come through the copy engine before the phase ends.
 RIFORMER_DEVICE void barrier_arrive_expect(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
 }
 // Until the phase of this parity has ended. Acquires within the block, as CUTLASS does: for the whole cluster it would
 // invalidate the L1 cache each time, and what is waited for comes through the copy engine.
@@ -61,10 +63,11 @@ RIFORMER_DEVICE void copy_box(void* shared, const TensorMap* map, uint64_t* barr
       : "memory");
 }
 // The same into every block of the cluster whose bit is set in `blocks`, at the same place, reported to their barriers.
-RIFORMER_DEVICE void copy_box_to(void* shared, const TensorMap* map, uint64_t* barrier, int column, int row, uint16_t blocks) {
+RIFORMER_DEVICE void copy_box_to(void* shared, const TensorMap* map, uint64_t* barrier, int column, int row,
+                                 uint16_t blocks) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], "
-      "[%2], %5;" ::"r"(shared_address(shared)),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "h"(blocks)
       : "memory");
 }
@@ -83,14 +86,20 @@ RIFORMER_DEVICE void sync_cluster() {
 
 // Registers per thread of the warpgroup from here on.
 template <int Count>
-RIFORMER_DEVICE void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count)); }
+RIFORMER_DEVICE void registers_up() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
+}
 template <int Count>
-RIFORMER_DEVICE void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count)); }
+RIFORMER_DEVICE void registers_down() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
+}
 
 RIFORMER_DEVICE void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 RIFORMER_DEVICE void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int Pending>
-RIFORMER_DEVICE void product_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory"); }
+RIFORMER_DEVICE void product_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+}
 // The compiler must not move a use of the sums above the wait for them.
 template <int Count>
 RIFORMER_DEVICE void keep_after_wait(float (&d)[Count]) {
@@ -98,9 +107,9 @@ RIFORMER_DEVICE void keep_after_wait(float (&d)[Count]) {
   for (int i = 0; i < Count; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// d (64 x N) = or += a b^T over 16 k. Both matrices from shared memory, by descriptor; or a from registers. Thread t holds
-// rows 16 (t / 32) + t % 32 / 4 (d[4 j], d[4 j + 1]) and 8 below (d[4 j + 2], d[4 j + 3]), columns 8 j + 2 (t % 4) and the
-// next; of a: as in multiply_16x8x16.
+// d (64 x N) = or += a b^T over 16 k. Both matrices from shared memory, by descriptor; or a from registers. Thread t
+// holds rows 16 (t / 32) + t % 32 / 4 (d[4 j], d[4 j + 1]) and 8 below (d[4 j + 2], d[4 j + 3]), columns
+// 8 j + 2 (t % 4) and the next; of a: as in multiply_16x8x16.
 template <class T, int N>
 RIFORMER_DEVICE void product(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
   Wgmma<T, N>::shared(d, a, b, add);
@@ -116,14 +125,19 @@ using TensorMap = emulator::TensorMap;
 
 RIFORMER_DEVICE void barrier_init(uint64_t* barrier, int arrivals) { emulator::barrier_init(barrier, arrivals); }
 RIFORMER_DEVICE void barrier_init_fence() {}
-RIFORMER_DEVICE void barrier_arrive(uint64_t* barrier) { emulator::barrier_arrive_at(barrier, emulator::cluster_rank()); }
+RIFORMER_DEVICE void barrier_arrive(uint64_t* barrier) {
+  emulator::barrier_arrive_at(barrier, emulator::cluster_rank());
+}
 RIFORMER_DEVICE void barrier_arrive_at(uint64_t* barrier, int rank) { emulator::barrier_arrive_at(barrier, rank); }
-RIFORMER_DEVICE void barrier_arrive_expect(uint64_t* barrier, int bytes) { emulator::barrier_arrive_expect(barrier, bytes); }
+RIFORMER_DEVICE void barrier_arrive_expect(uint64_t* barrier, int bytes) {
+  emulator::barrier_arrive_expect(barrier, bytes);
+}
 RIFORMER_DEVICE void barrier_wait(uint64_t* barrier, int parity) { emulator::barrier_wait(barrier, parity); }
 RIFORMER_DEVICE void copy_box(void* shared, const TensorMap* map, uint64_t* barrier, int column, int row) {
   emulator::copy_box(shared, *map, barrier, column, row, 1u << emulator::cluster_rank());
 }
-RIFORMER_DEVICE void copy_box_to(void* shared, const TensorMap* map, uint64_t* barrier, int column, int row, uint16_t blocks) {
+RIFORMER_DEVICE void copy_box_to(void* shared, const TensorMap* map, uint64_t* barrier, int column, int row,
+                                 uint16_t blocks) {
   emulator::copy_box(shared, *map, barrier, column, row, blocks);
 }
 RIFORMER_DEVICE void fence_async() { emulator::publish_to_async_view(); }
@@ -136,7 +150,9 @@ RIFORMER_DEVICE void registers_down() {}
 RIFORMER_DEVICE void product_fence() { emulator::product_fence(); }
 RIFORMER_DEVICE void product_commit() { emulator::product_commit(); }
 template <int Pending>
-RIFORMER_DEVICE void product_wait() { emulator::product_wait(Pending); }
+RIFORMER_DEVICE void product_wait() {
+  emulator::product_wait(Pending);
+}
 template <int Count>
 RIFORMER_DEVICE void keep_after_wait(float (&)[Count]) {}
 template <class T, int N>
@@ -158,8 +174,8 @@ RIFORMER_HOST_DEVICE int swizzled(int offset) {
   return offset ^ (Bytes == 128 ? (offset >> 3 & 0x70) : (offset >> 3 & 0x30));
 }
 
-// Descriptor of a matrix with k along its rows of `Bytes`, swizzled as above, eight-row groups one behind the other. The
-// next 16 k are 32 bytes further.
+// Descriptor of a matrix with k along its rows of `Bytes`, swizzled as above, eight-row groups one behind the other.
+// The next 16 k are 32 bytes further.
 template <int Bytes>
 RIFORMER_DEVICE uint64_t descriptor_at(int address) {
   constexpr uint64_t kGroup = 8 * Bytes / 16, kSwizzle = Bytes == 128 ? 1 : 2;
@@ -169,6 +185,8 @@ template <int Bytes>
 RIFORMER_DEVICE uint64_t descriptor(const void* shared) {
   return descriptor_at<Bytes>(static_cast<int>(shared_address(shared)));
 }
-RIFORMER_DEVICE uint64_t advanced(uint64_t descriptor, int bytes) { return descriptor + static_cast<uint64_t>(bytes >> 4); }
+RIFORMER_DEVICE uint64_t advanced(uint64_t descriptor, int bytes) {
+  return descriptor + static_cast<uint64_t>(bytes >> 4);
+}
 
 }  // namespace riformer::cuda

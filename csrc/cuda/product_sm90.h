@@ -1,16 +1,16 @@
-// The block as two kernels for Hopper, with the hidden tensor in memory: for C >= 512, whose sums exceed the registers, and
-// for few rows, where whole slots would leave most multiprocessors idle.
+// The block as two kernels for Hopper, with the hidden tensor in memory: for C >= 512, whose sums exceed the registers,
+// and for few rows, where whole slots would leave most multiprocessors idle.
 //
 //     expand:  between = gelu(z W1^T + b1)             z in shared memory for all of C, computed in the prologue
 //     project: out = y + ls2 (between W2^T + b2)       and the moments of each slot
 //
-// One producer warp copies panels of 64 k into a ring, consumer warpgroups have a slot of 64 rows each. Every element is one
-// chain of sums over k upwards in steps of 16, as in block_sm90.h, so the two forms give the same bits, and so does every
-// width: which form runs may depend on the batch.
+// One producer warp copies panels of 64 k into a ring, consumer warpgroups have a slot of 64 rows each. Every element
+// is one chain of sums over k upwards in steps of 16, as in block_sm90.h, so the two forms give the same bits, and so
+// does every width: which form runs may depend on the batch.
 //
-// Shared memory of expand: barriers [1 KiB], z [kConsumers][64 x C], the ring [stages][Width x 64]; of project: barriers,
-// tiles for the epilogue [kConsumers][64 x Width], the ring [stages][(kConsumers * 64 + Width) x 64].
-// Cost per block of N rows: expand reads its rows once for each of `splits` and writes 8 N C bytes, project reads them; at
+// Shared memory of expand: barriers [1 KiB], z [kConsumers][64 x C], the ring [stages][Width x 64]; of project:
+// barriers, tiles for the epilogue [kConsumers][64 x Width], the ring [stages][(kConsumers * 64 + Width) x 64]. Cost
+// per block of N rows: expand reads its rows once for each of `splits` and writes 8 N C bytes, project reads them; at
 // C = 512 that is 16 bytes for 2048 multiply-adds, far below the L2's rate.
 #pragma once
 
@@ -93,7 +93,8 @@ RIFORMER_DEVICE Vec16 gather_quad(const uint32_t (&word)[4], int lane) {
 
 // gelu(sums + b1) of a slot to `between`, Width columns from `column` on.
 template <class T, int Width>
-RIFORMER_DEVICE void store_hidden(const BlockKernelArgs& args, const Slot& slot, const float (&sums)[Width / 2], int column, int t) {
+RIFORMER_DEVICE void store_hidden(const BlockKernelArgs& args, const Slot& slot, const float (&sums)[Width / 2],
+                                  int column, int t) {
   const float* bias = args.constants + column + 2 * (t % 4);
   T* between = static_cast<T*>(args.between) + slot.first * args.hidden + column + t % 4 * 8;
   RIFORMER_UNROLL
@@ -168,7 +169,8 @@ expand_sm90(RIFORMER_GRID_CONSTANT ProductArgs args) {
       const int stage = place.stage;
       barrier_wait(ring.full + stage, place.parity);
       place.next(ring.stages);
-      multiply_panel<T, Width>(sums, advanced(a, panel * Tile::kPieceBytes), descriptor<128>(ring.panel(stage)), panel > 0);
+      multiply_panel<T, Width>(sums, advanced(a, panel * Tile::kPieceBytes), descriptor<128>(ring.panel(stage)),
+                               panel > 0);
       if (panel > 0) {
         product_wait<1>();
         release(ring, held);

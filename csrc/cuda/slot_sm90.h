@@ -21,14 +21,15 @@ struct SlotTile {
 
   // Byte offset of channel `c` of a row.
   static RIFORMER_DEVICE int at(int row, int c) {
-    // swizzled<kRowBytes>() of the place in the piece, with what depends on the row apart from what depends on the channel.
+    // swizzled<kRowBytes>() of the place in the piece, with what depends on the row apart from what depends on the
+    // channel.
     const int turn = Block == 64 ? row % 8 * 16 : row / 2 % 4 * 16;
     return c / Block * kPieceBytes + row * kRowBytes + (c % Block * 2 ^ turn);
   }
 };
 
-// slot_at and the image of a row in 32 bits, which is what the copy engine counts rows in; a 64-bit division is a call that
-// takes registers from the sums. Without rows beyond the last slot.
+// slot_at and the image of a row in 32 bits, which is what the copy engine counts rows in; a 64-bit division is a call
+// that takes registers from the sums. Without rows beyond the last slot.
 RIFORMER_DEVICE Slot slot_of(const BlockKernelArgs& args, int slots, int index) {
   if (index >= slots) return {0, 0};
   const int per_image = static_cast<int>(args.slots_per_image), positions = static_cast<int>(args.positions);
@@ -70,7 +71,8 @@ RIFORMER_DEVICE Spread spread(int columns, int t) {
 
 // Columns [begin, begin + columns) of a slot's tokens into a tile, by one thread; 64 rows, whatever is behind the slot.
 template <int Block>
-RIFORMER_DEVICE void copy_slot(const TensorMap* tokens, const Slot& slot, int begin, int columns, unsigned char* tile, uint64_t* arrived) {
+RIFORMER_DEVICE void copy_slot(const TensorMap* tokens, const Slot& slot, int begin, int columns, unsigned char* tile,
+                               uint64_t* arrived) {
   barrier_arrive_expect(arrived, 2 * kSlotRows * columns);
   for (int c = 0; c < columns; c += Block)
     copy_box(tile + c / Block * SlotTile<Block>::kPieceBytes, tokens, arrived, begin + c, static_cast<int>(slot.first));
@@ -105,8 +107,8 @@ RIFORMER_DEVICE void norm_slot(const BlockKernelArgs& args, int C, const Slot& s
       z = load_16(at);
       RIFORMER_UNROLL
       for (int j = 0; j < 4; ++j) {
-        const float low = normed<PerPosition>(unpack_low<T>(z.word[j]), row, u.value[2 * j], w.value[2 * j], p.value[2 * j],
-                                              q.value[2 * j]);
+        const float low = normed<PerPosition>(unpack_low<T>(z.word[j]), row, u.value[2 * j], w.value[2 * j],
+                                              p.value[2 * j], q.value[2 * j]);
         const float high = normed<PerPosition>(unpack_high<T>(z.word[j]), row, u.value[2 * j + 1], w.value[2 * j + 1],
                                                p.value[2 * j + 1], q.value[2 * j + 1]);
         z.word[j] = pack<T>(low, high);
@@ -118,11 +120,12 @@ RIFORMER_DEVICE void norm_slot(const BlockKernelArgs& args, int C, const Slot& s
 
 // Out of the tile: moments to `args.partials` where they are wanted, and the tokens.
 template <class T, int Block>
-RIFORMER_DEVICE void leave_slot(const BlockKernelArgs& args, int C, int64_t index, int begin, int columns, const Slot& slot,
-                                const unsigned char* tile, int t) {
+RIFORMER_DEVICE void leave_slot(const BlockKernelArgs& args, int C, int64_t index, int begin, int columns,
+                                const Slot& slot, const unsigned char* tile, int t) {
   const auto at = [tile](int row, int piece) { return tile + SlotTile<Block>::at(row, piece * 8); };
   if (args.partials && slot.rows)
-    slot_moments<T>(at, slot.rows, columns / 8, t / kWarp, kWarpgroup / kWarp, args.partials + index * 2 * C + begin, C);
+    slot_moments<T>(at, slot.rows, columns / 8, t / kWarp, kWarpgroup / kWarp, args.partials + index * 2 * C + begin,
+                    C);
   store_slot(at, slot.rows, columns / 8, static_cast<T*>(args.out) + slot.first * C + begin,
              static_cast<int64_t>(sizeof(T)) * C, t, kWarpgroup);
 }
@@ -145,16 +148,16 @@ RIFORMER_DEVICE void finish_columns(const BlockKernelArgs& args, int C, const Sl
     int place = r;
     RIFORMER_UNROLL
     for (int j = 0; j < N / 8; ++j) {
-      // Or the loads of many columns move up together, and the sums go to local memory to make room for them; a value out
-      // of a shuffle is one that the assembler does not find again in another row's or piece's addresses.
+      // Or the loads of many columns move up together, and the sums go to local memory to make room for them; a value
+      // out of a shuffle is one that the assembler does not find again in another row's or piece's addresses.
       sync_warp();
       if (j % 8 == 0) place = shuffle_xor(place, 0);
       const Pair scale = load_pair(scales + 8 * j), shift = load_pair(scales + C + 8 * j);
       const Pair u = load_pair(maps + 8 * j), w = load_pair(maps + C + 8 * j);
       unsigned char* at = tile + SlotTile<Block>::at(place, column + 8 * j) + 2 * pair;
       const uint32_t word = load_word(at);
-      const float low = finished(unpack_low<T>(word), row, u.low, w.low, sums[4 * j + 2 * half], scale.low, shift.low,
-                                 args.residual);
+      const float low =
+          finished(unpack_low<T>(word), row, u.low, w.low, sums[4 * j + 2 * half], scale.low, shift.low, args.residual);
       const float high = finished(unpack_high<T>(word), row, u.high, w.high, sums[4 * j + 2 * half + 1], scale.high,
                                   shift.high, args.residual);
       store_word(at, pack<T>(low, high));
@@ -183,8 +186,8 @@ struct RingPlace {
   }
 };
 
-// By one thread, before the barriers are used; `arrivals` of consumers release a panel. Behind the ring's barriers follow
-// those of the consumers' tiles.
+// By one thread, before the barriers are used; `arrivals` of consumers release a panel. Behind the ring's barriers
+// follow those of the consumers' tiles.
 RIFORMER_DEVICE void ring_init(const Ring& ring, int arrivals, int consumers) {
   for (int stage = 0; stage < ring.stages; ++stage) {
     barrier_init(ring.full + stage, 1);

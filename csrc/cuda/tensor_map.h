@@ -1,5 +1,5 @@
-// Descriptions of matrices for the tensor copy engine, made on the host at each launch: a call of the driver that touches
-// no GPU and takes about a microsecond, so that nothing has to be kept in step with pointers that change.
+// Descriptions of matrices for the tensor copy engine, made on the host at each launch: a call of the driver that
+// touches no GPU and takes about a microsecond, so that nothing has to be kept in step with pointers that change.
 #pragma once
 
 #include <cstdint>
@@ -37,11 +37,12 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
 
 #endif
 
-// A row-major [rows, columns] matrix of T and the box that one copy takes: `box_columns` of 64 or 32, which is the width
-// of the swizzle too.
+// A row-major [rows, columns] matrix of T and the box that one copy takes: `box_columns` of 64 or 32, which is the
+// width of the swizzle too.
 template <class T>
 inline TensorMap tensor_map(const void* base, int64_t rows, int64_t columns, int box_rows, int box_columns) {
-  if (rows > kMostRows) throw std::runtime_error("riformer: " + std::to_string(rows) + " rows of tokens in one call; split the batch");
+  if (rows > kMostRows)
+    throw std::runtime_error("riformer: " + std::to_string(rows) + " rows of tokens in one call; split the batch");
 #if defined(__CUDACC__)
   CUtensorMap map;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
@@ -55,8 +56,9 @@ inline TensorMap tensor_map(const void* base, int64_t rows, int64_t columns, int
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS)
     throw std::runtime_error("riformer: no tensor map for a [" + std::to_string(rows) + ", " + std::to_string(columns) +
-                             "] matrix with boxes of " + std::to_string(box_rows) + " x " + std::to_string(box_columns) +
-                             ": the driver returned error " + std::to_string(static_cast<int>(status)));
+                             "] matrix with boxes of " + std::to_string(box_rows) + " x " +
+                             std::to_string(box_columns) + ": the driver returned error " +
+                             std::to_string(static_cast<int>(status)));
   return map;
 #else
   if (reinterpret_cast<uintptr_t>(base) % 16 || columns % 8 || box_rows > 256)

@@ -173,7 +173,8 @@ void check_guard(const Block& block) {
 
 void run_cluster(int64_t first) {
   const Grid& grid = running->grid;
-  for (int rank = 0; rank < grid.cluster; ++rank) prepare(running->blocks[static_cast<size_t>(rank)], first + rank, rank);
+  for (int rank = 0; rank < grid.cluster; ++rank)
+    prepare(running->blocks[static_cast<size_t>(rank)], first + rank, rank);
   running->cluster = {};
   const size_t count = running->fibres.size();
   for (size_t i = 0; i < count; ++i) {
@@ -196,7 +197,8 @@ void run_cluster(int64_t first) {
   while (left) {
     const int64_t before = running->events;
     std::shuffle(warps.begin(), warps.end(), generator);
-    // Now and then some warps stand still until nothing else can go on: what another may overwrite is then read too late.
+    // Now and then some warps stand still until nothing else can go on: what another may overwrite is then read too
+    // late.
     if (generator() % 32 == 0)
       for (size_t i = 0; i < held.size(); ++i) any_held |= held[i] = generator() % 4 == 0;
     for (const size_t warp : warps) {
@@ -338,9 +340,7 @@ void sync_named(int id, int threads) {
   if (threads % kWarp) fail("a named barrier takes whole warps");
   arrive(current->block->named[id], threads, "sync_named");
 }
-void sync_cluster() {
-  arrive(running->cluster, running->grid.cluster * running->grid.threads, "sync_cluster");
-}
+void sync_cluster() { arrive(running->cluster, running->grid.cluster * running->grid.threads, "sync_cluster"); }
 void sync_warp() {
   meet(kWarp, "sync_warp", nullptr, [](void**) {});
 }

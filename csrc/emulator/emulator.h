@@ -2,9 +2,10 @@
 //
 // For tests. It is strict where a GPU would be silent: shared memory starts as NaN; asynchronous copies and products
 // happen at a random moment between their start and the wait for them (the earliest and the latest included); warps run
-// in a random order; lanes of a warp that reach different collective instructions, a barrier that is never completed and
-// accesses outside shared memory are errors. The order follows a seed (`set_seed`), so that a failure can be repeated.
-// What it cannot show: whether the PTX says what the function's name says, timing, and what needs real concurrency.
+// in a random order; lanes of a warp that reach different collective instructions, a barrier that is never completed
+// and accesses outside shared memory are errors. The order follows a seed (`set_seed`), so that a failure can be
+// repeated. What it cannot show: whether the PTX says what the function's name says, timing, and what needs real
+// concurrency.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +47,7 @@ void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
 
 // The parts that instructions are made of, those of sm_80 in ampere.cpp and those of sm_90a in hopper.cpp.
 [[noreturn]] void fail(const std::string& what);
-void happened();                                   // something that a waiting thread may wait for
+void happened();  // something that a waiting thread may wait for
 void wait_until(const std::function<bool()>& done, const char* what);
 bool coin();
 // Runs `action` at a random later moment, at the latest when nothing else can go on.
@@ -55,12 +56,12 @@ void later(std::function<void()> action);
 void meet(int lanes, const char* what, void* argument, const std::function<void(void**)>& action);
 int cluster_size();
 int cluster_rank();
-unsigned char* shared_memory_of(int rank);         // of another block of the cluster
-unsigned char* async_view_of(int rank);            // shared memory as the copy engine and wgmma see it
+unsigned char* shared_memory_of(int rank);  // of another block of the cluster
+unsigned char* async_view_of(int rank);     // shared memory as the copy engine and wgmma see it
 int64_t shared_bytes();
-void publish_to_async_view();                      // fence.proxy.async: what was stored becomes visible there
+void publish_to_async_view();  // fence.proxy.async: what was stored becomes visible there
 void sync_cluster();
-int warp_lanes();                                  // of the calling thread's warp
+int warp_lanes();  // of the calling thread's warp
 
 // What an instruction remembers about a thread or a warpgroup; empty at first.
 struct State {

@@ -101,7 +101,8 @@ void perform(const Product& product) {
   }
   for (int thread = 0; thread < kWarpgroup; ++thread)
     for (int i = 0; i < product.n / 2; ++i) {
-      const int row = thread / 32 * 16 + thread % 32 / 4 + 8 * (i % 4 / 2), column = i / 4 * 8 + 2 * (thread % 4) + i % 2;
+      const int row = thread / 32 * 16 + thread % 32 / 4 + 8 * (i % 4 / 2),
+                column = i / 4 * 8 + 2 * (thread % 4) + i % 2;
       const float* other = &b[static_cast<size_t>(column) * 16];
       float sum = 0.f;
       for (int k = 0; k < 16; ++k) sum += a[row][k] * other[k];
@@ -162,7 +163,9 @@ void copy_box(void* shared, const TensorMap& map, uint64_t* barrier, int column,
           const int64_t at = offset ^ (offset >> 3 & (from.swizzle == 128 ? 0x70 : 0x30));
           for (unsigned char* view : views) {
             if (row + r < from.rows && column + c < from.columns)
-              std::memcpy(view + at, static_cast<const unsigned char*>(from.base) + (row + r) * from.row_bytes + 2 * (column + c), 2);
+              std::memcpy(view + at,
+                          static_cast<const unsigned char*>(from.base) + (row + r) * from.row_bytes + 2 * (column + c),
+                          2);
             else
               std::memset(view + at, 0, 2);
           }

@@ -36,14 +36,17 @@ static void check_slots(int64_t images, int64_t positions, bool per_image) {
   for (int64_t index = 0; index < count; ++index) {
     const rf::Slot slot = rf::slot_at(index, rows, positions, per);
     expect(slot.first == next && slot.rows >= 1 && slot.rows <= 64, "a slot", images, positions, index);
-    if (per) expect(slot.first / positions == (slot.first + slot.rows - 1) / positions, "a slot of two images", images, positions, index);
+    if (per)
+      expect(slot.first / positions == (slot.first + slot.rows - 1) / positions, "a slot of two images", images,
+             positions, index);
     next = slot.first + slot.rows;
     const rf::Slot short_form = rf::slot_of(args, static_cast<int>(count), static_cast<int>(index));
     expect(short_form.first == slot.first && short_form.rows == slot.rows, "slot_of", images, positions, index);
     expect(rf::image_of(args, slot.first) == slot.first / positions, "image_of", images, positions, index);
   }
   expect(next == rows, "rows left over", images, positions, next);
-  expect(rf::slot_of(args, static_cast<int>(count), static_cast<int>(count)).rows == 0, "a slot behind the last", images, positions, count);
+  expect(rf::slot_of(args, static_cast<int>(count), static_cast<int>(count)).rows == 0, "a slot behind the last",
+         images, positions, count);
 }
 
 // Every 16 bytes of a tile have a place of their own, and eight rows below each other lie in different banks.
@@ -58,7 +61,8 @@ static void check_tile(int channels) {
       expect(fits, "a place in a tile", channels, row, c);
       if (fits) taken[static_cast<size_t>(at)] = 1;
       const int in_piece = c % Block * 2 + row * 2 * Block;
-      expect(at == c / Block * Tile::kPieceBytes + rf::swizzled<2 * Block>(in_piece), "the two ways to swizzle", channels, row, c);
+      expect(at == c / Block * Tile::kPieceBytes + rf::swizzled<2 * Block>(in_piece), "the two ways to swizzle",
+             channels, row, c);
     }
   for (int row = 0; row < 64; row += 8)
     for (int c = 0; c < channels; c += 8) {
@@ -92,16 +96,20 @@ static void check_turns() {
           for (int rank = 0; rank < Config::kCluster; ++rank)
             for (int group = 0; group < Config::kConsumers; ++group)
               ++taken[static_cast<size_t>((turn * Config::kCluster + rank) * Config::kConsumers + group)];
-      for (int slot = 0; slot < slots; ++slot) expect(taken[static_cast<size_t>(slot)] == 1, "a slot's turn", C, slots, slot);
+      for (int slot = 0; slot < slots; ++slot)
+        expect(taken[static_cast<size_t>(slot)] == 1, "a slot's turn", C, slots, slot);
     }
   for (const int64_t hidden : {64, 128, 4 * C, 8 * C}) {
     if (hidden % Config::kChunk) continue;
-    expect(Config::shared_bytes(hidden) <= rf::kSharedLimit && Config::stages(hidden) >= 2, "shared memory", C, hidden, Config::shared_bytes(hidden));
-    expect(8 * (2 * Config::stages(hidden) + 2 * rf::kMostConsumers) <= rf::kBarrierBytes, "barriers", C, hidden, Config::stages(hidden));
+    expect(Config::shared_bytes(hidden) <= rf::kSharedLimit && Config::stages(hidden) >= 2, "shared memory", C, hidden,
+           Config::shared_bytes(hidden));
+    expect(8 * (2 * Config::stages(hidden) + 2 * rf::kMostConsumers) <= rf::kBarrierBytes, "barriers", C, hidden,
+           Config::stages(hidden));
   }
   // What the warpgroups take is no more than what the launch has.
   const int at_launch = 65536 / Config::kThreads / 8 * 8;
-  expect(128 * (Config::kConsumers * Config::kConsumerRegisters + Config::kProducerRegisters) <= at_launch * Config::kThreads,
+  expect(128 * (Config::kConsumers * Config::kConsumerRegisters + Config::kProducerRegisters) <=
+             at_launch * Config::kThreads,
          "registers", C, at_launch, Config::kThreads);
 }
 

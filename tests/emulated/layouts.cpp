@@ -1,5 +1,5 @@
-// Compares what the kernels and the emulator take for granted about matrix instructions with CuTe, NVIDIA's own account of
-// them: which thread holds which element, how rows are swizzled in shared memory, and how a descriptor is made up.
+// Compares what the kernels and the emulator take for granted about matrix instructions with CuTe, NVIDIA's own account
+// of them: which thread holds which element, how rows are swizzled in shared memory, and how a descriptor is made up.
 // Prints a line per disagreement and returns how many there are.
 #include <cuda_runtime.h>
 
@@ -100,7 +100,8 @@ static void warpgroup(bool from_registers) {
     rf::product_wait<0>();
     for (int i = 0; i < N / 2; ++i) {
       const int index = held(t, i);
-      expect(d[i] == product_of(index % 64, index / 64), from_registers ? "a product from registers" : "a product", t, i);
+      expect(d[i] == product_of(index % 64, index / 64), from_registers ? "a product from registers" : "a product", t,
+             i);
     }
   });
 }
