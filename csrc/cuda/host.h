@@ -19,6 +19,8 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+
+#include "check.h"
 #endif
 
 namespace riformer::cuda {
@@ -33,12 +35,6 @@ inline void* aligned(void* pointer) {
 #if !defined(RIFORMER_EMULATED)
 
 inline bool served(const Tensor& tensor) { return tensor.is_cuda(); }
-
-inline void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();
-  fail("riformer: asking a GPU for ", what, ": ", cudaGetErrorString(status), " (", cudaGetErrorName(status), ")");
-}
 
 // Whether this library has code for a GPU: machine code serves its own major version from its minor version on, that
 // with an "a" its own version alone; PTX, of the newest plain architecture, everything from there on.
@@ -63,9 +59,11 @@ inline Device device_of(int index) {
   Device& device = known[static_cast<size_t>(index)];
   if (device.processors == 0) {
     int major = 0, minor = 0, processors = 0;
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "its compute capability");
-    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "its compute capability");
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index), "its multiprocessors");
+    const auto capability = [] { return "asking a GPU for its compute capability"; };
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), capability);
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), capability);
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index),
+          [] { return "asking a GPU for its multiprocessors"; });
     device = {10 * major + minor, processors, nullptr};
   }
   return device;
@@ -110,8 +108,11 @@ inline Device& emulated_device() {
 // Shared memory of a thread block (CUDA programming guide, technical specifications per compute capability).
 inline int64_t shared_limit(int architecture) {
   switch (architecture) {
-    case 80: case 87: return 163 * 1024;
-    case 86: case 89: case 120: return 99 * 1024;
+    case 80:
+    case 87: return 163 * 1024;
+    case 86:
+    case 89:
+    case 120: return 99 * 1024;
     default: return 227 * 1024;
   }
 }
@@ -153,7 +154,7 @@ class Call {
   }
 
   Device device_;
-  std::vector<std::unique_ptr<unsigned char[]>> memory_;
+  std::vector<std::unique_ptr<unsigned char[]> > memory_;
   std::vector<Region> regions_;
 };
 

@@ -10,6 +10,8 @@
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
+
+#include "check.h"
 #endif
 
 namespace riformer::cuda {
@@ -33,23 +35,23 @@ struct Launch {
   }
 };
 
-#if defined(__CUDACC__)
-
-inline void check(cudaError_t status, const std::string& what) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // or the next launch would report this one's error again
-  throw std::runtime_error("riformer: " + what + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ")");
+// Whether there is anything to start; an error where there is too much.
+inline bool has_blocks(const Launch& how) {
+  if (how.blocks > kMostBlocks)
+    throw std::runtime_error("riformer: " + how.text() + ": a launch takes at most " + std::to_string(kMostBlocks) +
+                             " blocks; split the batch");
+  return how.blocks > 0;
 }
+
+#if defined(__CUDACC__)
 
 template <class Args>
 void launch(void (*kernel)(Args), const Launch& how, const Args& args) {
-  if (how.blocks <= 0) return;
-  if (how.blocks > kMostBlocks)
-    throw std::runtime_error("riformer: " + how.text() + ": a launch takes at most 2147483647 blocks; split the batch");
+  if (!has_blocks(how)) return;
   if (how.shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(how.shared_bytes)),
-          how.text());
+          [&] { return how.text(); });
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(how.blocks));
   config.blockDim = dim3(static_cast<unsigned>(how.threads));
@@ -64,16 +66,14 @@ void launch(void (*kernel)(Args), const Launch& how, const Args& args) {
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
-  check(cudaLaunchKernelEx(&config, kernel, args), how.text());
+  check(cudaLaunchKernelEx(&config, kernel, args), [&] { return how.text(); });
 }
 
 #else
 
 template <class Args>
 void launch(void (*kernel)(Args), const Launch& how, const Args& args) {
-  if (how.blocks <= 0) return;
-  if (how.blocks > kMostBlocks)
-    throw std::runtime_error("riformer: " + how.text() + ": a launch takes at most 2147483647 blocks; split the batch");
+  if (!has_blocks(how)) return;
   emulator::run({how.blocks, how.cluster, how.threads, how.shared_bytes}, how.text(), [&] { kernel(args); });
 }
 

@@ -27,7 +27,7 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result{};
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result),
-          "looking for cuTensorMapEncodeTiled");
+          [] { return "looking for cuTensorMapEncodeTiled"; });
     if (!function || result != cudaDriverEntryPointSuccess)
       throw std::runtime_error("riformer: the NVIDIA driver has no cuTensorMapEncodeTiled; it is older than CUDA 12");
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
