@@ -63,9 +63,7 @@ Tensor new_tokens(const Tensor& x, ScalarType dtype) {
 }
 
 // `result` in the memory format of x; a copy only where that is NCHW.
-Tensor in_layout_of(const Tensor& x, const Tensor& result) {
-  return is_channels_last(x) ? result : dense(result);
-}
+Tensor in_layout_of(const Tensor& x, const Tensor& result) { return is_channels_last(x) ? result : dense(result); }
 
 // The parameters of a call as the kernels read them; copies stay alive here until the launch.
 class Parameters {
@@ -103,8 +101,9 @@ class Parameters {
     }
     held_.push_back(tensor);
     const int64_t count = tensor.numel();
-    const ScalarType to =
-        dtype_ == DType::f32 ? ScalarType::Float : dtype_ == DType::bf16 ? ScalarType::BFloat16 : ScalarType::Half;
+    const ScalarType to = dtype_ == DType::f32    ? ScalarType::Float
+                          : dtype_ == DType::bf16 ? ScalarType::BFloat16
+                                                  : ScalarType::Half;
     held_.push_back(torch::stable::empty({count}, to, std::nullopt, tensor.device()));
     void* out = held_.back().mutable_data_ptr();
     riformer::cuda::convert(call_.device(), tensor.const_data_ptr(), own, out, dtype_, count);
@@ -129,12 +128,20 @@ const float* data_of(const Tensor& moments) {
   return moments.defined() ? static_cast<const float*>(moments.const_data_ptr()) : nullptr;
 }
 
-Tensor moments(const Tensor& x) {
-  check_tokens(x, "moments");
-  check_width(x.size(1), "moments");
-  riformer::cuda::MomentsArgs args{};
+// What ops on tokens begin with.
+template <class Args>
+Args args_on(const Tensor& x, const char* op) {
+  check_tokens(x, op);
+  check_served(x, op);
+  check_width(x.size(1), op);
+  Args args{};
   args.dtype = dtype_of(x.scalar_type(), "x");
   describe_tokens(args, x);
+  return args;
+}
+
+Tensor moments(const Tensor& x) {
+  auto args = args_on<riformer::cuda::MomentsArgs>(x, "moments");
   Call call(x);
   Tensor out = new_moments(x, args.channels);
   if (args.batch * args.channels == 0) return out;
@@ -222,13 +229,8 @@ void block_in_place(Tensor x, OptionalTensor moments, RIFORMER_BLOCK_PARAMETERS)
 
 Tensor norm(const Tensor& x, const OptionalTensor& moments, const Tensor& weight, const Tensor& bias, double eps,
             bool per_position, ScalarType dtype) {
-  check_tokens(x, "norm");
-  check_served(x, "norm");
-  check_width(x.size(1), "norm");
-  riformer::cuda::NormArgs args{};
-  args.dtype = dtype_of(x.scalar_type(), "x");
+  auto args = args_on<riformer::cuda::NormArgs>(x, "norm");
   args.out_dtype = dtype_of(dtype, "the result");
-  describe_tokens(args, x);
   Call call(x);
   Parameters parameters(call, x, args.dtype);
   args.device = call.device();
@@ -251,13 +253,8 @@ Tensor norm(const Tensor& x, const OptionalTensor& moments, const Tensor& weight
 
 Tensor head(const Tensor& x, const OptionalTensor& moments, const Tensor& norm_weight, const Tensor& norm_bias,
             double eps, const Tensor& fc_weight, const OptionalTensor& fc_bias, bool per_position, ScalarType dtype) {
-  check_tokens(x, "head");
-  check_served(x, "head");
-  check_width(x.size(1), "head");
-  riformer::cuda::HeadArgs args{};
-  args.dtype = dtype_of(x.scalar_type(), "x");
+  auto args = args_on<riformer::cuda::HeadArgs>(x, "head");
   args.out_dtype = dtype_of(dtype, "the result");
-  describe_tokens(args, x);
   args.classes = fc_weight.dim() > 0 ? fc_weight.size(0) : 0;
   Call call(x);
   Parameters parameters(call, x, args.dtype);

@@ -17,7 +17,7 @@ constexpr int64_t kMostWasted = 8;  // per cent
 
 int64_t slots_per_image(const BlockProblem& problem) {
   if (problem.per_position) return 0;
-  const int64_t slots = (problem.positions + kSlotRows - 1) / kSlotRows;
+  const int64_t slots = slots_of(problem.positions);
   return (slots * kSlotRows - problem.positions) * 100 <= kMostWasted * problem.positions ? slots : 0;
 }
 

@@ -22,7 +22,6 @@
 
 namespace riformer::cuda {
 
-constexpr int kSharedLimit = 232448;  // of a thread block, sm_90 (CUDA programming guide)
 constexpr int kMostConsumers = 4;
 
 template <int C>
@@ -48,16 +47,15 @@ struct FusedConfig {
   static constexpr int kTileBytes = 2 * kSlotRows * C;
   static constexpr int kPanelBytes = 2 * C * kChunk;
   static constexpr int kFixedBytes = kBarrierBytes + kConsumers * kTileBytes;
-  static constexpr int kMostStages = (kSharedLimit - kFixedBytes) / kPanelBytes;
-  static_assert(kMostStages >= 2, "one panel of each weight at least");
+  static constexpr int kRingStages = ring_stages(kFixedBytes, kPanelBytes);
+  static_assert(kRingStages >= 2, "one panel of each weight at least");
 
   static int64_t panels(int64_t hidden) { return 2 * (hidden / kChunk); }
   // Clusters share panels, whose copies must stay in step: they are never kept.
-  static bool resident(int64_t hidden) { return kCluster == 1 && panels(hidden) <= kMostStages; }
-  static int stages(int64_t hidden) {
-    const int64_t most = kMostStages < 8 && !resident(hidden) ? kMostStages : resident(hidden) ? panels(hidden) : 8;
-    return static_cast<int>(most);
+  static bool resident(int64_t hidden) {
+    return kCluster == 1 && panels(hidden) * kPanelBytes <= kSharedLimit - kFixedBytes;
   }
+  static int stages(int64_t hidden) { return resident(hidden) ? static_cast<int>(panels(hidden)) : kRingStages; }
   static int64_t shared_bytes(int64_t hidden) {
     return kFixedBytes + static_cast<int64_t>(stages(hidden)) * kPanelBytes;
   }
@@ -118,16 +116,14 @@ RIFORMER_DEVICE void copy_panels(const FusedArgs& args, const Ring& ring, int tu
   }
 }
 
+// To every block of the cluster that shares the panel.
 template <int C>
 RIFORMER_DEVICE void release_panel(const Ring& ring, int stage, bool resident) {
-  if (resident || thread_index() % kWarp) return;
+  if (resident) return;
+  if (FusedConfig<C>::kCluster == 1) return release(ring, stage);
+  if (thread_index() % kWarp) return;
   RIFORMER_UNROLL
-  for (int rank = 0; rank < FusedConfig<C>::kCluster; ++rank) {
-    if (FusedConfig<C>::kCluster > 1)
-      barrier_arrive_at(ring.empty + stage, rank);
-    else
-      barrier_arrive(ring.empty + stage);
-  }
+  for (int rank = 0; rank < FusedConfig<C>::kCluster; ++rank) barrier_arrive_at(ring.empty + stage, rank);
 }
 
 // h to T after GELU, as the A operand of the second product: two groups of eight columns are sixteen k.
@@ -137,8 +133,8 @@ RIFORMER_DEVICE void gelu_fragments(const float (&h)[Chunk / 2], const float* bi
   RIFORMER_UNROLL
   for (int j = 0; j < Chunk / 8; ++j) {
     const Pair b = load_pair(bias + 8 * j + 2 * (t % 4));
-    g[j / 2][j % 2 * 2] = pack<T>(gelu<T>(h[4 * j] + b.low), gelu<T>(h[4 * j + 1] + b.high));
-    g[j / 2][j % 2 * 2 + 1] = pack<T>(gelu<T>(h[4 * j + 2] + b.low), gelu<T>(h[4 * j + 3] + b.high));
+    g[j / 2][j % 2 * 2] = pack<T>(gelu<T>(h[4 * j] + b.value[0]), gelu<T>(h[4 * j + 1] + b.value[1]));
+    g[j / 2][j % 2 * 2 + 1] = pack<T>(gelu<T>(h[4 * j + 2] + b.value[0]), gelu<T>(h[4 * j + 3] + b.value[1]));
   }
 }
 
@@ -153,7 +149,7 @@ RIFORMER_DEVICE unsigned char* group_tile() {
   return shared_memory() + kBarrierBytes + group_index() * FusedConfig<C>::kTileBytes;
 }
 RIFORMER_DEVICE uint32_t* group_words(const Ring& ring) {
-  return reinterpret_cast<uint32_t*>(ring.empty + ring.stages + kMostConsumers + group_index());
+  return reinterpret_cast<uint32_t*>(ring.arrived(kMostConsumers + group_index()));
 }
 template <int C>
 RIFORMER_DEVICE int group_slot(int turn) {
@@ -167,7 +163,7 @@ template <int C>
 RIFORMER_DEVICE void load_tokens(const FusedArgs& args, const Ring& ring, const Slot& slot, int parity) {
   fence_async();
   sync_group();
-  uint64_t* arrived = ring.empty + ring.stages + group_index();
+  uint64_t* arrived = ring.arrived(group_index());
   if (group_thread() == 0) copy_slot<FusedConfig<C>::kBlock>(&args.x, slot, 0, C, group_tile<C>(), arrived);
   barrier_wait(arrived, parity);
 }
@@ -186,10 +182,7 @@ RIFORMER_DEVICE void consume(const FusedArgs& args, const Ring& ring, int turn) 
     // The sums leave no registers for these at C = 384.
     if (group_thread() == 0) store_word(group_words(ring), static_cast<uint32_t>(turn));
     load_tokens<C>(args, ring, slot, 0);
-    if (args.block.statistics)
-      norm_slot<T, kBlock, true>(args.block, C, slot, group_tile<C>(), group_thread());
-    else
-      norm_slot<T, kBlock, false>(args.block, C, slot, group_tile<C>(), group_thread());
+    norm_slot<T, kBlock>(args.block, C, slot, group_tile<C>(), group_thread());
     fence_async();
     sync_group();
     // Zeros, and not a first product that ignores them: that would keep the last turn's sums alive until here.
@@ -263,10 +256,7 @@ template <class T, int C>
 RIFORMER_KERNEL(FusedConfig<C>::kThreads, 1)
 fused_sm90(RIFORMER_GRID_CONSTANT FusedArgs args) {
   using Config = FusedConfig<C>;
-  unsigned char* memory = shared_memory();
-  uint64_t* barriers = reinterpret_cast<uint64_t*>(memory);
-  const Ring ring{memory + kBarrierBytes + Config::kConsumers * Config::kTileBytes, barriers, barriers + args.stages,
-                  args.stages, Config::kPanelBytes};
+  const Ring ring = ring_at(Config::kFixedBytes, args.stages, Config::kPanelBytes);
   if (thread_index() == 0)
     ring_init(ring, Config::kCluster * Config::kConsumers * (kWarpgroup / kWarp), Config::kConsumers);
   if (Config::kCluster > 1)

@@ -202,7 +202,7 @@ RIFORMER_DEVICE float from_float<float>(float value) { return value; }
 
 // Typed, since a memcpy from an address whose alignment is unknown becomes a load per byte.
 struct alignas(8) Pair {
-  float low, high;
+  float value[2];
 };
 RIFORMER_DEVICE Pair load_pair(const float* address) { return *reinterpret_cast<const Pair*>(address); }
 RIFORMER_DEVICE uint32_t load_word(const void* address) { return *static_cast<const uint32_t*>(address); }

@@ -72,11 +72,6 @@ RIFORMER_DEVICE void copy_tile(unsigned char* to, const void* from, int64_t pitc
   }
 }
 
-struct alignas(8) Pair {
-  float value[2];
-};
-RIFORMER_DEVICE Pair load_pair(const float* from) { return *reinterpret_cast<const Pair*>(from); }
-
 // Which of its numbers differ between the rows of a slot: none (one image to a slot), the maps (slots over several
 // images), or the statistics (LayerNorm).
 enum class RowMode { image, images, position };

@@ -30,23 +30,15 @@ struct ProductArgs {
   int stages;
 };
 
-// What remains of shared memory for the ring.
-inline int ring_stages(int64_t fixed, int64_t panel) {
-  const int64_t stages = (232448 - fixed) / panel;
-  return static_cast<int>(stages < 8 ? stages : 8);
-}
-
 template <int Consumers, int Width>
 struct ExpandConfig {
-  static constexpr int kConsumers = Consumers, kWidth = Width;
   static constexpr int kThreads = kWarpgroup * (Consumers + 1);
   static constexpr int kPanelBytes = 2 * Width * kPanelDepth;
-  static int64_t fixed_bytes(int64_t channels) { return kBarrierBytes + int64_t{2} * Consumers * kSlotRows * channels; }
+  static constexpr int64_t fixed_bytes(int64_t channels) { return kBarrierBytes + int64_t{2} * Consumers * kSlotRows * channels; }
 };
 
 template <int Consumers, int Width>
 struct ProjectConfig {
-  static constexpr int kConsumers = Consumers, kWidth = Width;
   static constexpr int kThreads = kWarpgroup * (Consumers + 1);
   static constexpr int kBlock = block_of(Width);
   static constexpr int kRowsBytes = 2 * kSlotRows * kPanelDepth;  // of one consumer
@@ -55,18 +47,37 @@ struct ProjectConfig {
   static constexpr int64_t kFixedBytes = kBarrierBytes + Consumers * kTileBytes;
 };
 
-RIFORMER_DEVICE void release(const Ring& ring, int stage) {
-  if (thread_index() % kWarp == 0) barrier_arrive(ring.empty + stage);
-}
+// The descriptors of a panel of rows and of a panel of the weight.
+struct Operands {
+  uint64_t rows, weight;
+};
 
-// sums = or += a panel of rows times a panel of the weight; runs on until a wait.
-template <class T, int Width>
-RIFORMER_DEVICE void multiply_panel(float (&sums)[Width / 2], uint64_t a, uint64_t b, bool add) {
-  product_fence();
-  RIFORMER_UNROLL
-  for (int k = 0; k < kPanelDepth / 16; ++k)
-    product<T, Width>(sums, advanced(a, 32 * k), advanced(b, 32 * k), add || k > 0);
-  product_commit();
+// sums = the rows times the weight, panel after panel; `operands(panel, stage)` says where a panel is.
+template <class T, int Width, class Find>
+RIFORMER_DEVICE void multiply_panels(float (&sums)[Width / 2], const Ring& ring, RingPlace& place, int panels,
+                                     const Find& operands) {
+  int held = 0;
+  RIFORMER_NO_UNROLL
+  for (int panel = 0; panel < panels; ++panel) {
+    const int stage = place.stage;
+    barrier_wait(ring.full + stage, place.parity);
+    place.next(ring.stages);
+    const Operands of = operands(panel, stage);
+    product_fence();
+    RIFORMER_UNROLL
+    for (int k = 0; k < kPanelDepth / 16; ++k)
+      product<T, Width>(sums, advanced(of.rows, 32 * k), advanced(of.weight, 32 * k), panel > 0 || k > 0);
+    product_commit();
+    // This panel's product runs on while the one before is waited for.
+    if (panel > 0) {
+      product_wait<1>();
+      release(ring, held);
+    }
+    held = stage;
+  }
+  product_wait<0>();
+  keep_after_wait(sums);
+  release(ring, held);
 }
 
 // Words of a row, of four groups of eight columns: from one group's two columns in each of four neighbouring threads to
@@ -106,7 +117,7 @@ RIFORMER_DEVICE void store_hidden(const BlockKernelArgs& args, const Slot& slot,
       RIFORMER_UNROLL
       for (int half = 0; half < 2; ++half) {
         const float* h = sums + 4 * (j + i) + 2 * half;
-        word[half][i] = pack<T>(gelu<T>(h[0] + b.low), gelu<T>(h[1] + b.high));
+        word[half][i] = pack<T>(gelu<T>(h[0] + b.value[0]), gelu<T>(h[1] + b.value[1]));
       }
     }
     RIFORMER_UNROLL
@@ -124,10 +135,8 @@ expand_sm90(RIFORMER_GRID_CONSTANT ProductArgs args) {
   using Config = ExpandConfig<Consumers, Width>;
   using Tile = SlotTile<64>;
   const int C = args.block.channels, panels = C / kPanelDepth;
-  unsigned char* memory = shared_memory();
-  uint64_t* barriers = reinterpret_cast<uint64_t*>(memory);
-  const Ring ring{memory + kBarrierBytes + 2 * Consumers * kSlotRows * C, barriers, barriers + args.stages, args.stages,
-                  Config::kPanelBytes};
+  const int fixed_bytes = static_cast<int>(Config::fixed_bytes(C));
+  const Ring ring = ring_at(fixed_bytes, args.stages, Config::kPanelBytes);
   if (thread_index() == 0) ring_init(ring, Consumers * (kWarpgroup / kWarp), Consumers);
   sync_block();
   const int splits = args.block.hidden / Width / args.column_tiles;
@@ -149,37 +158,20 @@ expand_sm90(RIFORMER_GRID_CONSTANT ProductArgs args) {
   }
   const int index = group * Consumers + warpgroup;
   const Slot slot = slot_of(args.block, args.slots, index);
-  unsigned char* z = memory + kBarrierBytes + 2 * warpgroup * kSlotRows * C;
-  uint64_t* arrived = ring.empty + ring.stages + warpgroup;
+  unsigned char* z = shared_memory() + kBarrierBytes + 2 * warpgroup * kSlotRows * C;
+  uint64_t* arrived = ring.arrived(warpgroup);
   if (t == 0) copy_slot<64>(&args.tokens, slot, 0, C, z, arrived);
   barrier_wait(arrived, 0);
-  if (args.block.statistics)
-    norm_slot<T, 64, true>(args.block, C, slot, z, t);
-  else
-    norm_slot<T, 64, false>(args.block, C, slot, z, t);
+  norm_slot<T, 64>(args.block, C, slot, z, t);
   fence_async();
   sync_named(1 + warpgroup, kWarpgroup);
   const uint64_t a = descriptor<Tile::kRowBytes>(z);
   RIFORMER_NO_UNROLL
   for (int tile = 0; tile < args.column_tiles; ++tile) {
     float sums[Width / 2];
-    int held = 0;
-    RIFORMER_NO_UNROLL
-    for (int panel = 0; panel < panels; ++panel) {
-      const int stage = place.stage;
-      barrier_wait(ring.full + stage, place.parity);
-      place.next(ring.stages);
-      multiply_panel<T, Width>(sums, advanced(a, panel * Tile::kPieceBytes), descriptor<128>(ring.panel(stage)),
-                               panel > 0);
-      if (panel > 0) {
-        product_wait<1>();
-        release(ring, held);
-      }
-      held = stage;
-    }
-    product_wait<0>();
-    keep_after_wait(sums);
-    release(ring, held);
+    multiply_panels<T, Width>(sums, ring, place, panels, [&](int panel, int stage) {
+      return Operands{advanced(a, panel * Tile::kPieceBytes), descriptor<128>(ring.panel(stage))};
+    });
     store_hidden<T, Width>(args.block, slot, sums, first_column + tile * Width, t);
   }
 }
@@ -190,9 +182,7 @@ project_sm90(RIFORMER_GRID_CONSTANT ProductArgs args) {
   using Config = ProjectConfig<Consumers, Width>;
   constexpr int kBlock = Config::kBlock;
   const int panels = args.block.hidden / kPanelDepth;
-  unsigned char* memory = shared_memory();
-  uint64_t* barriers = reinterpret_cast<uint64_t*>(memory);
-  const Ring ring{memory + Config::kFixedBytes, barriers, barriers + args.stages, args.stages, Config::kPanelBytes};
+  const Ring ring = ring_at(Config::kFixedBytes, args.stages, Config::kPanelBytes);
   if (thread_index() == 0) ring_init(ring, Consumers * (kWarpgroup / kWarp), Consumers);
   sync_block();
   const int tiles = args.block.channels / Width;
@@ -220,28 +210,15 @@ project_sm90(RIFORMER_GRID_CONSTANT ProductArgs args) {
   }
   const int index = group * Consumers + warpgroup;
   const Slot slot = slot_of(args.block, args.slots, index);
-  unsigned char* tile = memory + kBarrierBytes + warpgroup * Config::kTileBytes;
-  uint64_t* arrived = ring.empty + ring.stages + warpgroup;
+  unsigned char* tile = shared_memory() + kBarrierBytes + warpgroup * Config::kTileBytes;
+  uint64_t* arrived = ring.arrived(warpgroup);
   if (t == 0) copy_slot<kBlock>(&args.tokens, slot, column, Width, tile, arrived);
   float sums[Width / 2];
-  int held = 0;
-  RIFORMER_NO_UNROLL
-  for (int panel = 0; panel < panels; ++panel) {
-    const int stage = place.stage;
-    barrier_wait(ring.full + stage, place.parity);
-    place.next(ring.stages);
+  multiply_panels<T, Width>(sums, ring, place, panels, [&](int, int stage) {
     const unsigned char* from = ring.panel(stage);
-    multiply_panel<T, Width>(sums, descriptor<128>(from + warpgroup * Config::kRowsBytes),
-                             descriptor<128>(from + Consumers * Config::kRowsBytes), panel > 0);
-    if (panel > 0) {
-      product_wait<1>();
-      release(ring, held);
-    }
-    held = stage;
-  }
-  product_wait<0>();
-  keep_after_wait(sums);
-  release(ring, held);
+    return Operands{descriptor<128>(from + warpgroup * Config::kRowsBytes),
+                    descriptor<128>(from + Consumers * Config::kRowsBytes)};
+  });
   barrier_wait(arrived, 0);
   finish_columns<T, kBlock, Width>(args.block, args.block.channels, slot, sums, column, 0, tile, t);
   sync_named(1 + warpgroup, kWarpgroup);

@@ -78,9 +78,8 @@ RIFORMER_DEVICE void copy_slot(const TensorMap* tokens, const Slot& slot, int be
     copy_box(tile + c / Block * SlotTile<Block>::kPieceBytes, tokens, arrived, begin + c, static_cast<int>(slot.first));
 }
 
-// x in a tile becomes z; rows beyond the slot become zeros.
 template <class T, int Block, bool PerPosition>
-RIFORMER_DEVICE void norm_slot(const BlockKernelArgs& args, int C, const Slot& slot, unsigned char* tile, int t) {
+RIFORMER_DEVICE void norm_rows(const BlockKernelArgs& args, int C, const Slot& slot, unsigned char* tile, int t) {
   const Spread mine = spread(C, t);
   int image = image_of(args, slot.first);
   int left = PerPosition ? kSlotRows : (image + 1) * static_cast<int>(args.positions) - static_cast<int>(slot.first);
@@ -116,6 +115,15 @@ RIFORMER_DEVICE void norm_slot(const BlockKernelArgs& args, int C, const Slot& s
     }
     store_16(at, z);
   }
+}
+
+// x in a tile becomes z; rows beyond the slot become zeros.
+template <class T, int Block>
+RIFORMER_DEVICE void norm_slot(const BlockKernelArgs& args, int C, const Slot& slot, unsigned char* tile, int t) {
+  if (args.statistics)
+    norm_rows<T, Block, true>(args, C, slot, tile, t);
+  else
+    norm_rows<T, Block, false>(args, C, slot, tile, t);
 }
 
 // Out of the tile: moments to `args.partials` where they are wanted, and the tokens.
@@ -156,18 +164,20 @@ RIFORMER_DEVICE void finish_columns(const BlockKernelArgs& args, int C, const Sl
       const Pair u = load_pair(maps + 8 * j), w = load_pair(maps + C + 8 * j);
       unsigned char* at = tile + SlotTile<Block>::at(place, column + 8 * j) + 2 * pair;
       const uint32_t word = load_word(at);
-      const float low =
-          finished(unpack_low<T>(word), row, u.low, w.low, sums[4 * j + 2 * half], scale.low, shift.low, args.residual);
-      const float high = finished(unpack_high<T>(word), row, u.high, w.high, sums[4 * j + 2 * half + 1], scale.high,
-                                  shift.high, args.residual);
+      const float low = finished(unpack_low<T>(word), row, u.value[0], w.value[0], sums[4 * j + 2 * half],
+                                 scale.value[0], shift.value[0], args.residual);
+      const float high = finished(unpack_high<T>(word), row, u.value[1], w.value[1], sums[4 * j + 2 * half + 1],
+                                  scale.value[1], shift.value[1], args.residual);
       store_word(at, pack<T>(low, high));
     }
   }
 }
 
-// A ring of panels: the producer fills, the consumers release. The barriers lie at the start of shared memory.
+constexpr int kSharedLimit = 232448;  // of a thread block, sm_90 (CUDA programming guide)
 constexpr int kBarrierBytes = 1024;
 
+// A ring of panels: the producer fills, the consumers release. The barriers lie at the start of shared memory, behind
+// the ring's those that the consumers' tiles are reported to.
 struct Ring {
   unsigned char* memory;
   uint64_t* full;
@@ -175,7 +185,19 @@ struct Ring {
   int stages, bytes;
 
   RIFORMER_DEVICE unsigned char* panel(int stage) const { return memory + stage * bytes; }
+  RIFORMER_DEVICE uint64_t* arrived(int consumer) const { return empty + stages + consumer; }
 };
+RIFORMER_DEVICE Ring ring_at(int offset, int stages, int bytes) {
+  unsigned char* memory = shared_memory();
+  uint64_t* barriers = reinterpret_cast<uint64_t*>(memory);
+  return {memory + offset, barriers, barriers + stages, stages, bytes};
+}
+
+// As many panels as fit beside `fixed` bytes; eight are enough to hide the way from the L2.
+constexpr int ring_stages(int64_t fixed, int64_t panel) {
+  const int64_t stages = (kSharedLimit - fixed) / panel;
+  return static_cast<int>(stages < 8 ? stages : 8);
+}
 
 // Where in the ring, and the parity of the barriers' phase there.
 struct RingPlace {
@@ -186,15 +208,19 @@ struct RingPlace {
   }
 };
 
-// By one thread, before the barriers are used; `arrivals` of consumers release a panel. Behind the ring's barriers
-// follow those of the consumers' tiles.
+// By one thread, before the barriers are used; `arrivals` of consumers release a panel.
 RIFORMER_DEVICE void ring_init(const Ring& ring, int arrivals, int consumers) {
   for (int stage = 0; stage < ring.stages; ++stage) {
     barrier_init(ring.full + stage, 1);
     barrier_init(ring.empty + stage, arrivals);
   }
-  for (int i = 0; i < consumers; ++i) barrier_init(ring.empty + ring.stages + i, 1);
+  for (int i = 0; i < consumers; ++i) barrier_init(ring.arrived(i), 1);
   barrier_init_fence();
+}
+
+// By a warp of a consumer that is done with a panel.
+RIFORMER_DEVICE void release(const Ring& ring, int stage) {
+  if (thread_index() % kWarp == 0) barrier_arrive(ring.empty + stage);
 }
 
 }  // namespace riformer::cuda

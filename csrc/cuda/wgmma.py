@@ -1,11 +1,12 @@
-"""Writes wgmma.h: the warpgroup product for each width in use, as inline PTX.
+"""Writes wgmma.h: the warpgroup product for each width and form in use, as inline PTX.
 
     python csrc/cuda/wgmma.py > csrc/cuda/wgmma.h
 
 One function has up to 96 sums among its operands; a list that long is better written by a loop than by hand.
 """
 
-WIDTHS = (32, 64, 96, 128, 160, 192)
+SHARED = (32, 64, 128)  # both operands from shared memory: the first product of a block, and the two-kernel form
+REGISTERS = (64, 96, 128, 160, 192)  # a from registers: the second product, on GELU's results
 TYPES = {"bf16": "bf16", "f16": "f16"}
 
 
@@ -49,9 +50,12 @@ def header() -> str:
         "struct Wgmma;",
     ]
     for cpp, ptx in TYPES.items():
-        for n in WIDTHS:
+        for n in sorted({*SHARED, *REGISTERS}):
             lines += ["", "template <>", f"struct Wgmma<{cpp}, {n}> {{"]
-            lines += function("shared", n, ptx, False) + function("registers", n, ptx, True)
+            if n in SHARED:
+                lines += function("shared", n, ptx, False)
+            if n in REGISTERS:
+                lines += function("registers", n, ptx, True)
             lines += ["};"]
     return "\n".join([*lines, "", "}  // namespace riformer::cuda", ""])
 
