@@ -18,7 +18,6 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ import tables
 import torch
 from progress import Progress
 
+from riformer_kernels.cli.bench import threads
 from riformer_kernels.errors import BackendError
 
 SCHEMA = 2
@@ -205,17 +205,6 @@ class Plan:
                 )
 
 
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Header, then each step's rows as soon as they are measured."""
     head = machine.machine()
@@ -267,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
     found = []
-    with _threads(options.threads):
+    with threads(options.threads):
         measured = rows(options)
         found.append(next(measured))
         too_few = growth.too_few(found[0]["cores"], torch.get_num_threads())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy
@@ -91,6 +92,12 @@ def test_gelu_of_float32(arithmetic):
 
 
 # ------------------------------------------------------------------------------------------------- matrix instructions
+
+
+def test_the_products_are_those_of_their_generator():
+    folder = ROOT / "csrc" / "cuda"
+    made = subprocess.run([sys.executable, folder / "wgmma.py"], capture_output=True, text=True, check=True).stdout
+    assert made == (folder / "wgmma.h").read_text()
 
 
 def includes() -> list[str]:

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     _warn_if_busy()
-    with _threads(arguments.threads):
+    with threads(arguments.threads):
         model = random_model(arguments.arch, seed=0, deploy=True)
         results = []
         with progress("bench", len(arguments.dtype) * len(arguments.batch)) as advance:
@@ -97,7 +97,8 @@ def _warn_if_busy() -> None:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
+    """PyTorch's number of threads meanwhile; None leaves it."""
     import torch
 
     before = torch.get_num_threads()
