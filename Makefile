@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt riformer_kernels/__init__.py \
 # Threads that wait in a busy loop make tests several times slower on a machine that does something else as well.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
-.PHONY: demo test test-fast bench compare sanitize memcheck lint clean
+.PHONY: demo test test-fast bench compare sanitize memcheck lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -35,13 +35,13 @@ sanitize: $(VENV)/.test
 	  --upgrade --target build/sanitized .
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized OMP_WAIT_POLICY=passive \
-	  $(BIN)/pytest -q -p no:cacheprovider tests/test_sanitized.py
+	  $(BIN)/pytest -q -p no:cacheprovider tests/install/test_sanitized.py
 
 # The CUDA kernels under NVIDIA's checkers: accesses, races, barriers, memory that nobody wrote. Needs a GPU, a CUDA build
 # of torch (TORCH=...) and the CUDA toolkit. The small cases only, as kernels run some hundred times slower there; without
 # PyTorch's cache of memory, so that an access beside a tensor is one beside an allocation.
 MEMCHECK := compute-sanitizer --error-exitcode=1 --target-processes=all
-MEMCHECK_TESTS := tests/test_gpu.py -m "gpu and not slow" -k "cuda and not triton and (block or embed or norm)"
+MEMCHECK_TESTS := tests/gpu/test_gpu.py -m "gpu and not slow" -k "cuda and not triton and (block or embed or norm)"
 memcheck: $(VENV)/.test
 	@$(BIN)/python -c "import sys; from riformer_kernels.backends import cuda; reason = cuda.unusable(); \
 	  sys.exit(f'memcheck: no GPU to check the CUDA kernels on: {reason}' if reason else 0)"
@@ -51,9 +51,20 @@ memcheck: $(VENV)/.test
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_WAIT_POLICY=passive $(MEMCHECK) --tool=$$tool \
 	    $(BIN)/python -m pytest -x -q -p no:cacheprovider --timeout=0 $(MEMCHECK_TESTS) || exit 1; done
 
+# Style, formatting and types. The C++ files that .clang-format-ignore names are left out by clang-format itself.
+PYTHON_FILES := riformer_kernels python csrc tests bench examples setup.py
+CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu')
 lint: $(VENV)/.test
-	$(BIN)/ruff check riformer_kernels python csrc tests bench examples setup.py
-	$(BIN)/ruff format --check riformer_kernels python csrc tests bench examples setup.py
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+# Puts right what `make lint` finds and a tool can mend.
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix $(PYTHON_FILES)
+	$(BIN)/ruff format $(PYTHON_FILES)
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
 	rm -rf $(VENV) build riformer_kernels/lib *.egg-info .pytest_cache .hypothesis .benchmarks
@@ -74,6 +85,6 @@ $(VENV)/.peers: $(VENV)/.base $(SOURCES)
 
 # mmpretrain and what it needs go in without their dependencies: torchvision's and mmcv's would replace torch.
 $(VENV)/.test: $(VENV)/.base $(SOURCES) tests/requirements-mmpretrain.txt
-	$(PIP) install --quiet --no-build-isolation --editable ".[test]" ruff
+	$(PIP) install --quiet --no-build-isolation --editable ".[test,lint]"
 	$(PIP) install --quiet --no-deps -r tests/requirements-mmpretrain.txt
 	touch $@

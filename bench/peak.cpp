@@ -142,14 +142,23 @@ __attribute__((target("amx-tile"))) void load_tiles() {
   // As bf16: 0x3d.., values near 0.04; as int8 any values do.
   for (int i = 0; i < 1024; ++i) bytes[i] = i % 2 ? 0x3d : static_cast<std::uint8_t>(37 * i);
   _tile_loadconfig(&config);
-  _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-  _tile_loadd(4, bytes, 64); _tile_loadd(5, bytes, 64); _tile_loadd(6, bytes, 64); _tile_loadd(7, bytes, 64);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_loadd(4, bytes, 64);
+  _tile_loadd(5, bytes, 64);
+  _tile_loadd(6, bytes, 64);
+  _tile_loadd(7, bytes, 64);
 }
 
 __attribute__((target("amx-tile,amx-bf16"))) void bf16_amx(long repeat, void*) {
   load_tiles();
   for (long r = 0; r < repeat; ++r) {
-    _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
   }
   _tile_release();
 }
@@ -157,7 +166,10 @@ __attribute__((target("amx-tile,amx-bf16"))) void bf16_amx(long repeat, void*) {
 __attribute__((target("amx-tile,amx-int8"))) void int8_amx(long repeat, void*) {
   load_tiles();
   for (long r = 0; r < repeat; ++r) {
-    _tile_dpbusd(0, 4, 6); _tile_dpbusd(1, 4, 7); _tile_dpbusd(2, 5, 6); _tile_dpbusd(3, 5, 7);
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 7);
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(3, 5, 7);
   }
   _tile_release();
 }

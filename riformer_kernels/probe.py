@@ -150,7 +150,7 @@ def _probe(module: nn.Module, plan: Any, ask: Callable[..., str | None]) -> str 
                 torch.random.fork_rng(devices=[]),
             ):
                 answer = ask(module, plan, generator)
-        except Exception as error:  # noqa: BLE001  (whatever the module raises is the reason)
+        except Exception as error:
             answer = f"forward of {type(module).__name__} fails on tokens [B, C, H, W]: {error}"
         if len(_answers) >= REMEMBERED:
             _answers.clear()

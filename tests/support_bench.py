@@ -6,15 +6,15 @@ import importlib
 import os
 import sys
 import time
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from support_paths import ROOT, TESTS
 
 from riformer_kernels.backends import cpu
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
+BENCH = ROOT / "bench"
 TINY = {"layers": [1, 1, 1, 1], "embed_dims": [16, 32, 48, 64]}
 
 
@@ -29,7 +29,7 @@ def bench_on_path(tmp_path_factory: pytest.TempPathFactory):
     cache.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))  # where the probe is compiled to
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    folders = [str(BENCH), str(Path(__file__).parent)]
+    folders = [str(BENCH), str(TESTS)]
     sys.path[:0] = folders
     yield
     for folder in folders:

@@ -12,8 +12,8 @@ import riformer
 import torch
 from conftest import TINY
 from PIL import Image
+from support_paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("info", "verify", "predict", "convert", "bench")
 MEAN, STD = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
 EXACT = ["--image-size", "32", "--crop-pct", "1"]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support_paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 JOBS = "2"  # the kernels' templates take a gigabyte each
 
 

@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).resolve().parent
+from support_paths import ROOT
 
 
 @contextmanager
@@ -25,7 +24,7 @@ def started(files: list[Path], logs: Path, **environment: str) -> Iterator[dict[
         output = logs / f"{file.stem}.log"
         with output.open("w") as log:
             process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, cwd=HERE,
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
                 env={**os.environ, "OMP_WAIT_POLICY": "passive", **environment},
             )  # fmt: skip
         processes[file] = output, process

@@ -23,14 +23,14 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // The parameters of `block` in the order of its schema, and their names to hand them on.
-#define RIFORMER_BLOCK_PARAMETERS                                                                            \
-  const OptionalTensor &layer_scale_1, const OptionalTensor &norm1_weight, const OptionalTensor &norm1_bias, \
-      const OptionalTensor &affine_weight, const OptionalTensor &affine_bias, double eps1,                   \
-      const Tensor &norm2_weight, const Tensor &norm2_bias, double eps2, const Tensor &fc1_weight,           \
-      const OptionalTensor &fc1_bias, const Tensor &fc2_weight, const OptionalTensor &fc2_bias,              \
-      const OptionalTensor &layer_scale_2, bool per_position, bool residual
-#define RIFORMER_BLOCK_ARGUMENTS                                                                                    \
-  layer_scale_1, norm1_weight, norm1_bias, affine_weight, affine_bias, eps1, norm2_weight, norm2_bias, eps2,        \
+#define RIFORMER_BLOCK_PARAMETERS                                                                                      \
+  const OptionalTensor &layer_scale_1, const OptionalTensor &norm1_weight, const OptionalTensor &norm1_bias,           \
+      const OptionalTensor &affine_weight, const OptionalTensor &affine_bias, double eps1, const Tensor &norm2_weight, \
+      const Tensor &norm2_bias, double eps2, const Tensor &fc1_weight, const OptionalTensor &fc1_bias,                 \
+      const Tensor &fc2_weight, const OptionalTensor &fc2_bias, const OptionalTensor &layer_scale_2,                   \
+      bool per_position, bool residual
+#define RIFORMER_BLOCK_ARGUMENTS                                                                             \
+  layer_scale_1, norm1_weight, norm1_bias, affine_weight, affine_bias, eps1, norm2_weight, norm2_bias, eps2, \
       fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale_2, per_position, residual
 
 template <class... Parts>
@@ -159,8 +159,7 @@ void describe_block(Args& args, Parameters& parameters, const Tensor& x, RIFORME
     fail("riformer::block: layer_scale_1, norm1_weight and norm1_bias go together: give all three or none");
   if (affine_weight.has_value() && !norm1_weight.has_value())
     fail("riformer::block: affine_weight needs norm1_weight, into which it is folded");
-  if (affine_bias.has_value() && !affine_weight.has_value())
-    fail("riformer::block: affine_bias needs affine_weight");
+  if (affine_bias.has_value() && !affine_weight.has_value()) fail("riformer::block: affine_bias needs affine_weight");
   args.layer_scale_1 = parameters.vector(layer_scale_1, channels, "layer_scale_1");
   args.norm1_weight = parameters.vector(norm1_weight, channels, "norm1_weight");
   args.norm1_bias = parameters.vector(norm1_bias, channels, "norm1_bias");

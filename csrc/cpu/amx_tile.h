@@ -23,9 +23,7 @@ inline TileRegisters& registers() {
   static thread_local TileRegisters state;
   return state;
 }
-inline void TILE_ZERO(int tile) {
-  std::memset(registers().tile[tile], 0, sizeof(registers().tile[tile]));
-}
+inline void TILE_ZERO(int tile) { std::memset(registers().tile[tile], 0, sizeof(registers().tile[tile])); }
 inline void TILE_LOAD(int tile, const void* from, int64_t stride_bytes) {
   for (int row = 0; row < kTileRows; ++row)
     std::memcpy(registers().tile[tile][row], static_cast<const char*>(from) + row * stride_bytes, kTileBytes);
@@ -66,7 +64,8 @@ inline void tiles_release() {}
 inline void tiles_configure() {
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {kTileBytes, kTileBytes, kTileBytes, kTileBytes, kTileBytes, kTileBytes, kTileBytes, kTileBytes};
+    uint16_t bytes[16] = {kTileBytes, kTileBytes, kTileBytes, kTileBytes,
+                          kTileBytes, kTileBytes, kTileBytes, kTileBytes};
     uint8_t rows[16] = {kTileRows, kTileRows, kTileRows, kTileRows, kTileRows, kTileRows, kTileRows, kTileRows};
   } config;
   _tile_loadconfig(&config);
@@ -82,7 +81,8 @@ struct GemmAmx : PairPanel<2 * Vec::kLanes> {
   static constexpr int kVectors = 2;
 
   template <int kUsed>
-  static void run(const Element* weight, int64_t stride, const Element* panel, int64_t depth, float* c, bool accumulate) {
+  static void run(const Element* weight, int64_t stride, const Element* panel, int64_t depth, float* c,
+                  bool accumulate) {
     constexpr int64_t kRowBytes = kTokens * 4;  // of c, and of two k of the panel
     float* lower = c + kTileRows * kTokens;
     if (accumulate) {

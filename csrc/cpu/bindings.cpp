@@ -77,7 +77,8 @@ Tensor moments(const Tensor& x) {
   args.moments_out = static_cast<float*>(out.mutable_data_ptr());
   args.pool = pool();
   if (args.batch * args.channels > 0) {
-    if (args.positions == 0) fail("riformer::moments: x has shape ", shape_of(x), ": moments of no positions do not exist");
+    if (args.positions == 0)
+      fail("riformer::moments: x has shape ", shape_of(x), ": moments of no positions do not exist");
     report_memory(kernels().moments(args));
   }
   return out;
@@ -168,8 +169,8 @@ Tensor norm(const Tensor& x, const OptionalTensor& moments, const Tensor& weight
   return in_layout_of(x, out);
 }
 
-Tensor head(const Tensor& x, const OptionalTensor& moments, const Tensor& norm_weight, const Tensor& norm_bias, double eps,
-            const Tensor& fc_weight, const OptionalTensor& fc_bias, bool per_position, ScalarType dtype) {
+Tensor head(const Tensor& x, const OptionalTensor& moments, const Tensor& norm_weight, const Tensor& norm_bias,
+            double eps, const Tensor& fc_weight, const OptionalTensor& fc_bias, bool per_position, ScalarType dtype) {
   check_tokens(x, "head");
   Parameters parameters;
   Tensor held;
@@ -188,7 +189,8 @@ Tensor head(const Tensor& x, const OptionalTensor& moments, const Tensor& norm_w
   args.pool = pool();
   Tensor out = torch::stable::empty({args.batch, args.classes}, dtype, std::nullopt, x.device());
   if (args.batch * args.classes == 0) return out;
-  if (args.positions * args.channels == 0) fail("riformer::head: x has shape ", shape_of(x), ": there is nothing to pool");
+  if (args.positions * args.channels == 0)
+    fail("riformer::head: x has shape ", shape_of(x), ": there is nothing to pool");
   Tensor tokens = per_position ? torch::stable::contiguous(x) : x;
   args.x = tokens.const_data_ptr();
   args.out = out.mutable_data_ptr();

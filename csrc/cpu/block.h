@@ -50,7 +50,8 @@ struct BlockKernel {
   BlockChoice choice;
   Weights<Gemm> fc1, fc2;
   Tasks tasks;
-  int64_t depth1, depth2, rows2, panels;  // padded: channels, hidden chunk, channels as rows; panels of the largest task
+  int64_t depth1, depth2, rows2,
+      panels;  // padded: channels, hidden chunk, channels as rows; panels of the largest task
   const float *fc1_bias, *fc2_bias, *layer_scale_2;
   float* maps;     // ImageMap of every image, or with per_position four vectors [channels]
   float* partial;  // moments of every tile
@@ -98,8 +99,8 @@ struct BlockKernel {
     return static_cast<T*>(args.out) + (piece.image * args.channels + c) * args.positions + piece.position;
   }
 
-  // Channels [begin, end), one by one over the whole task, so that x is read in runs as long as the task: piece by piece, a third of the
-  // time at C = 64 went into waiting for its rows (6 KB apart, which no prefetcher follows).
+  // Channels [begin, end), one by one over the whole task, so that x is read in runs as long as the task: piece by
+  // piece, a third of the time at C = 64 went into waiting for its rows (6 KB apart, which no prefetcher follows).
   void normalise(int pieces, int64_t begin, int64_t end, const Memory& m) const {
     for (int64_t c = begin; c < end; c += 2)
       for (const Piece* piece = m.pieces; piece < m.pieces + pieces; ++piece) {
@@ -171,8 +172,8 @@ struct BlockKernel {
     if (tile >= tasks.tiles.count() || args.per_position) return ahead;
     const int64_t start = tasks.tiles.start(tile), left = args.positions - start;
     const int64_t size = sizeof(T);
-    ahead.row = static_cast<const char*>(args.x) +
-                (tasks.tiles.image(tile) * args.channels * args.positions + start) * size;
+    ahead.row =
+        static_cast<const char*>(args.x) + (tasks.tiles.image(tile) * args.channels * args.positions + start) * size;
     ahead.plane = args.positions * size;
     ahead.bytes = (tokens < left ? tokens : left) * size;
     ahead.rows = args.channels;
@@ -270,8 +271,8 @@ struct BlockKernel {
     }
   }
 
-  // The panels of a task, one after the other for each chunk of hidden channels: a chunk's weights stay in the second-level
-  // cache meanwhile, and a panel's hidden channels in the first.
+  // The panels of a task, one after the other for each chunk of hidden channels: a chunk's weights stay in the
+  // second-level cache meanwhile, and a panel's hidden channels in the first.
   void multiply_task(int64_t tokens, const Piece* pieces_end, Ahead ahead, const Memory& m) const {
     for (int64_t h0 = 0; h0 < args.hidden; h0 += choice.hidden_chunk) {
       const int64_t chunk = fc2.chunk_channels(h0);
@@ -368,8 +369,7 @@ struct BlockKernel {
       SplitBlock<T, Gemm>(*this).run();
     else
       args.pool.run(tasks.count, &run_tasks, this);
-    if (missing.load() == 0 && args.moments_out)
-      merge_all(args.pool, partial, tasks.tiles, channels, args.moments_out);
+    if (missing.load() == 0 && args.moments_out) merge_all(args.pool, partial, tasks.tiles, channels, args.moments_out);
     return missing.load();
   }
 };

@@ -1,6 +1,6 @@
-// A block whose threads share the channels: for few tokens, where each thread would otherwise read all weights. Three steps
-// with the threads waiting for each other in between: the norm, W1 by hidden channels, W2 by channels. The order of each
-// sum is that of the other way, and so are the bits.
+// A block whose threads share the channels: for few tokens, where each thread would otherwise read all weights. Three
+// steps with the threads waiting for each other in between: the norm, W1 by hidden channels, W2 by channels. The order
+// of each sum is that of the other way, and so are the bits.
 #pragma once
 
 #include "block.h"
@@ -20,9 +20,7 @@ struct SplitBlock {
 
   explicit SplitBlock(Kernel& kernel_) : kernel(kernel_) {}
 
-  int64_t chunks() const {
-    return (kernel.args.hidden + kernel.choice.hidden_chunk - 1) / kernel.choice.hidden_chunk;
-  }
+  int64_t chunks() const { return (kernel.args.hidden + kernel.choice.hidden_chunk - 1) / kernel.choice.hidden_chunk; }
 
   // What all threads use, and the sums of one thread.
   Memory common(void* base) const {
@@ -107,11 +105,11 @@ struct SplitBlock {
     clear_padding<Gemm>(shared.z, tokens, args.channels, kernel.depth1);
     for (int64_t h0 = 0; h0 < args.hidden; h0 += kernel.choice.hidden_chunk)
       for (int64_t p = 0; p < kernel.panels; ++p)
-        clear_rows<Gemm>(kernel.hidden_panel(h0, p, shared), kernel.fc2.chunk_channels(h0), kernel.fc2.padded_depth(h0));
+        clear_rows<Gemm>(kernel.hidden_panel(h0, p, shared), kernel.fc2.chunk_channels(h0),
+                         kernel.fc2.padded_depth(h0));
     args.pool.run(args.channels / 2, &run_norm, this);
     args.pool.run((args.hidden + Gemm::kRows - 1) / Gemm::kRows, &run_first, this);
-    if (kernel.missing.load() == 0)
-      args.pool.run((args.channels + Gemm::kRows - 1) / Gemm::kRows, &run_second, this);
+    if (kernel.missing.load() == 0) args.pool.run((args.channels + Gemm::kRows - 1) / Gemm::kRows, &run_second, this);
   }
 };
 

@@ -33,9 +33,17 @@ struct Named {
   const char* name;
 };
 constexpr Named kFeatures[] = {
-    {kAvx2, "avx2"},         {kFma, "fma"},           {kF16c, "f16c"},        {kAvx512f, "avx512f"},
-    {kAvx512bw, "avx512bw"}, {kAvx512dq, "avx512dq"}, {kAvx512vl, "avx512vl"}, {kAvx512Bf16, "avx512_bf16"},
-    {kAmxTile, "amx_tile"},  {kAmxBf16, "amx_bf16"},  {kAmxPermission, "amx permission of the operating system"},
+    {kAvx2, "avx2"},
+    {kFma, "fma"},
+    {kF16c, "f16c"},
+    {kAvx512f, "avx512f"},
+    {kAvx512bw, "avx512bw"},
+    {kAvx512dq, "avx512dq"},
+    {kAvx512vl, "avx512vl"},
+    {kAvx512Bf16, "avx512_bf16"},
+    {kAmxTile, "amx_tile"},
+    {kAmxBf16, "amx_bf16"},
+    {kAmxPermission, "amx permission of the operating system"},
 };
 
 constexpr unsigned kNeedAvx2 = kAvx2 | kFma | kF16c;
@@ -98,10 +106,8 @@ struct Entry {
 // Best first.
 constexpr Entry kEntries[] = {
 #ifdef RIFORMER_X86
-    {&kAmxKernels, kNeedAmx, true},
-    {&kAvx512Kernels, kNeedAvx512, true},
-    {&kAvx2Kernels, kNeedAvx2, true},
-    {&kAmxEmulatedKernels, kNeedAvx512, false},
+    {&kAmxKernels, kNeedAmx, true},   {&kAvx512Kernels, kNeedAvx512, true},
+    {&kAvx2Kernels, kNeedAvx2, true}, {&kAmxEmulatedKernels, kNeedAvx512, false},
 #endif
     {&kScalarKernels, 0, true},
 };
@@ -178,8 +184,8 @@ std::string describe() {
   std::string compiled;
   for (const Entry& entry : kEntries) compiled += (compiled.empty() ? "" : ", ") + quoted(entry.kernels->name);
   for (const Named& feature : kFeatures)
-    features += (features.empty() ? "" : ", ") + quoted(feature.name) + ": " +
-                (now.features & feature.bit ? "true" : "false");
+    features +=
+        (features.empty() ? "" : ", ") + quoted(feature.name) + ": " + (now.features & feature.bit ? "true" : "false");
   return "{\"chosen\": " + (chosen ? quoted(chosen->name) : "null") + ", \"supported\": [" + supported +
          "], \"compiled\": [" + compiled + "], \"features\": {" + features +
          "}, \"error\": " + (now.error.empty() ? "null" : quoted(now.error)) + "}";

@@ -8,10 +8,11 @@
 
 namespace riformer::RIFORMER_ISA {
 
-// The input under a task, for two input channels: padded, and split by column modulo the stride into planes of cells, so
-// that consecutive output columns read consecutive cells. What a cell holds, with e the padded row:
+// The input under a task, for two input channels: padded, and split by column modulo the stride into planes of cells,
+// so that consecutive output columns read consecutive cells. What a cell holds, with e the padded row:
 //   float32             e[stride j + plane] of one channel
-//   pairs of columns    e[stride j + plane - 1] and e[stride j + plane] of one channel: with weights in the order of the
+//   pairs of columns    e[stride j + plane - 1] and e[stride j + plane] of one channel: with weights in the order of
+//   the
 //                       parameter, both halves of most pairs of taps
 //   pairs of channels   e[stride j + plane] of both channels, for channels_last weights
 // With a stride of 2, the padded row is itself its two planes of pairs of columns, one element apart.
@@ -82,8 +83,8 @@ struct Planes {
     }
   }
 
-  // The same row of the next channels or, behind the last, of the next task: no prefetcher of the hardware follows rows that
-  // lie an image plane apart.
+  // The same row of the next channels or, behind the last, of the next task: no prefetcher of the hardware follows rows
+  // that lie an image plane apart.
   template <class X>
   void fetch(const X* plane, int64_t channel, int64_t channels, int64_t y, int64_t count) const {
     const int64_t left = args.in_channels - channel - channels;
@@ -144,7 +145,8 @@ struct EmbedKernel {
   }
 
   static int64_t wanted_tokens(int64_t padded, int64_t rows) {
-    const int64_t per_token = padded * static_cast<int64_t>(sizeof(Element)) + rows * static_cast<int64_t>(sizeof(float));
+    const int64_t per_token =
+        padded * static_cast<int64_t>(sizeof(Element)) + rows * static_cast<int64_t>(sizeof(float));
     const int64_t fit = task_bytes<Gemm>() / per_token / kTokens * kTokens;
     return fit < kTokens ? kTokens : (fit < 384 ? fit : 384);
   }
@@ -232,7 +234,8 @@ struct EmbedKernel {
       const TapPair* table = channels == 2 ? pairs : last_pairs;
       const int64_t count = args.weight_channels_last ? taps : (channels * taps + 1) / 2;
       for (int64_t t = 0; t < count; ++t) {
-        const int64_t k = args.weight_channels_last ? t * (end - begin) + channel - begin : (channel - begin) * taps + 2 * t;
+        const int64_t k =
+            args.weight_channels_last ? t * (end - begin) + channel - begin : (channel - begin) * taps + 2 * t;
         const Element* one = m.cells + table[t].first;
         Element* to = Gemm::at(m.panels, k, 0);
         if (table[t].second >= 0)
@@ -244,7 +247,8 @@ struct EmbedKernel {
   }
   template <bool kSecond>
   static void copy_runs(const Run* run, const Run* end, const Element* first, const Element* second, Element* to) {
-    for (; run < end; ++run) Gemm::template copy<kSecond>(to + run->to, first + run->from, second + run->from, run->length);
+    for (; run < end; ++run)
+      Gemm::template copy<kSecond>(to + run->to, first + run->from, second + run->from, run->length);
   }
 
   // Channel c of a panel, with its bias.
@@ -253,7 +257,8 @@ struct EmbedKernel {
     for (const Piece* piece = first; piece < last; ++piece) {
       const float* sums = panel_sums + c * kTokens + piece->token;
       T* out = static_cast<T*>(args.out) + (piece->image * args.channels + c) * tasks.tiles.positions + piece->position;
-      for_each_vector(piece->length, [&](int64_t j, auto lanes) { store(load(sums + j, lanes) + shift, out + j, lanes); });
+      for_each_vector(piece->length,
+                      [&](int64_t j, auto lanes) { store(load(sums + j, lanes) + shift, out + j, lanes); });
     }
   }
 
@@ -316,7 +321,8 @@ struct EmbedKernel {
   }
   void make_pairs(int64_t channels, TapPair* table) const {
     for (int64_t t = 0; t < taps; ++t) {
-      const int64_t one = args.weight_channels_last ? t : 2 * t, other = args.weight_channels_last ? t + taps : 2 * t + 1;
+      const int64_t one = args.weight_channels_last ? t : 2 * t,
+                    other = args.weight_channels_last ? t + taps : 2 * t + 1;
       table[t] = {tap_cell(one, channels, true), tap_cell(other, channels, false)};
     }
   }

@@ -61,7 +61,9 @@ struct PairPanel {
   static void put(Element* panel, int64_t k, int64_t token, Vec a, Vec b, int n) {
     store_pairs_n(at(panel, k, token), a, b, n);
   }
-  static void put(Element* panel, int64_t k, int64_t token, Vec a, Vec b, Full) { store_pairs(at(panel, k, token), a, b); }
+  static void put(Element* panel, int64_t k, int64_t token, Vec a, Vec b, Full) {
+    store_pairs(at(panel, k, token), a, b);
+  }
   // Row k takes the first of the pairs at `first`, row k + 1 the second of those at `second`, or zeros.
   template <bool kSecond>
   static void copy(Element* to, const Element* first, const Element* second, int n) {
@@ -73,7 +75,8 @@ struct PairPanel {
   static void fill(const Element* row, int64_t step, int64_t count, Element* to) {
     if (step == 4) {
       for (int64_t j = 0; j < count; j += 8)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * j), _mm512_cvtepi64_epi32(_mm512_loadu_si512(row + 4 * j)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * j),
+                            _mm512_cvtepi64_epi32(_mm512_loadu_si512(row + 4 * j)));
     } else {
       for (int64_t j = 0; j < count; ++j) std::memcpy(to + 2 * j, row + step * j, 2 * sizeof(Element));
     }
@@ -91,7 +94,8 @@ struct GemmFloat32 : FloatPanel<RIFORMER_GEMM_VECTORS * Vec::kLanes> {
   static constexpr int64_t kChain = 64;
 
   template <int kUsed>
-  static void run(const Element* weight, int64_t stride, const Element* panel, int64_t depth, float* c, bool accumulate) {
+  static void run(const Element* weight, int64_t stride, const Element* panel, int64_t depth, float* c,
+                  bool accumulate) {
     for (int64_t start = 0; start < depth; start += kChain) {
       const int64_t end = start + kChain < depth ? start + kChain : depth;
       Vec acc[kRows][kUsed];
@@ -127,7 +131,8 @@ struct GemmBfloat16 : PairPanel<RIFORMER_GEMM_VECTORS * Vec::kLanes> {
   static constexpr int kVectors = RIFORMER_GEMM_VECTORS;
 
   template <int kUsed>
-  static void run(const Element* weight, int64_t stride, const Element* panel, int64_t depth, float* c, bool accumulate) {
+  static void run(const Element* weight, int64_t stride, const Element* panel, int64_t depth, float* c,
+                  bool accumulate) {
     __m512 acc[kRows][kUsed];
     for (int i = 0; i < kRows; ++i)
       for (int j = 0; j < kUsed; ++j)
@@ -152,8 +157,8 @@ struct GemmBfloat16 : PairPanel<RIFORMER_GEMM_VECTORS * Vec::kLanes> {
 };
 #endif
 
-// Working memory of a task, apart from weights. With 16-bit elements twice as much pays off, as sums and panels are passed
-// over half as often for each of their bytes (bench/NOTES.md).
+// Working memory of a task, apart from weights. With 16-bit elements twice as much pays off, as sums and panels are
+// passed over half as often for each of their bytes (bench/NOTES.md).
 template <class Gemm>
 constexpr int64_t task_bytes() {
   return RIFORMER_TASK_BYTES * 4 / static_cast<int64_t>(sizeof(typename Gemm::Element));
@@ -194,8 +199,9 @@ struct WeightRows {
   int64_t stride;
 };
 
-// Rows [row, row + kRows) on their way into the cache, for the next call. Worth its instructions when the weights come from
-// memory, that is for the first panel that they meet: a row block is eight short runs, too many for the hardware to follow.
+// Rows [row, row + kRows) on their way into the cache, for the next call. Worth its instructions when the weights come
+// from memory, that is for the first panel that they meet: a row block is eight short runs, too many for the hardware
+// to follow.
 template <class Gemm>
 inline void fetch_rows(const WeightRows<Gemm>& weight, int64_t row, int64_t end, int64_t depth) {
   const int64_t bytes = depth * static_cast<int64_t>(sizeof(typename Gemm::Element));
@@ -227,7 +233,9 @@ struct Weights {
            chunk * taps % Gemm::kStep == 0 && channels * taps % Gemm::kStep == 0;
   }
   int64_t copy_elements() const {
-    return reads_parameter() ? 0 : padded_rows() * (channels / chunk * padded_depth(0) + padded_depth(channels / chunk * chunk));
+    return reads_parameter()
+               ? 0
+               : padded_rows() * (channels / chunk * padded_depth(0) + padded_depth(channels / chunk * chunk));
   }
 
   // The rows of the chunk that starts at channel `first`.

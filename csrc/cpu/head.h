@@ -9,8 +9,8 @@
 
 namespace riformer::RIFORMER_ISA {
 
-// float32 throughout. The classifier's rows are as long as they are many and an image is one column, so lanes are channels
-// here. A score's order of summation is that of the channels, whatever is computed beside it.
+// float32 throughout. The classifier's rows are as long as they are many and an image is one column, so lanes are
+// channels here. A score's order of summation is that of the channels, whatever is computed beside it.
 template <class X, class T>
 struct HeadKernel {
   static constexpr int kClasses = 4, kImages = 2;  // scores that are summed side by side
@@ -33,8 +33,7 @@ struct HeadKernel {
         [&](int64_t c) { return static_cast<double>(mean[channels + c]); }, &mu, &rstd);
     float* to = pooled + image * pitch;
     for (int64_t c = 0; c < channels; ++c)
-      to[c] =
-          static_cast<float>((mean[c] - mu) * rstd * read(args.norm_weight, c, 1) + read(args.norm_bias, c, 0));
+      to[c] = static_cast<float>((mean[c] - mu) * rstd * read(args.norm_weight, c, 1) + read(args.norm_bias, c, 0));
   }
 
   // Each channel's sum runs over vectors of positions in order, then over the lanes.
@@ -57,8 +56,7 @@ struct HeadKernel {
     }
     const double share = 1. / static_cast<double>(args.positions);
     for (int64_t c = 0; c < channels; ++c)
-      to[c] =
-          static_cast<float>(sums[c] * share * read(args.norm_weight, c, 1) + read(args.norm_bias, c, 0));
+      to[c] = static_cast<float>(sums[c] * share * read(args.norm_weight, c, 1) + read(args.norm_bias, c, 0));
   }
 
   template <class W, int kUsedClasses, int kUsedImages>

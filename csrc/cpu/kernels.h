@@ -105,9 +105,9 @@ extern const Kernels kAmxKernels;
 extern const Kernels kAmxEmulatedKernels;
 #endif
 
-// At least `bytes` of 64-byte aligned memory that belongs to the calling thread until its next call for the same slot (0: a
-// task's own, 1: what a caller shares with the threads that it runs); null when there is none to be had. It grows and is
-// kept, since a stage asks for the same amount over and over.
+// At least `bytes` of 64-byte aligned memory that belongs to the calling thread until its next call for the same slot
+// (0: a task's own, 1: what a caller shares with the threads that it runs); null when there is none to be had. It grows
+// and is kept, since a stage asks for the same amount over and over.
 void* thread_scratch(int64_t bytes, int slot = 0);
 
 }  // namespace riformer::cpu

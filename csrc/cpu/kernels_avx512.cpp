@@ -28,6 +28,5 @@ struct GemmFor<bf16> {
 #include "norm.h"
 
 namespace riformer::cpu {
-const Kernels kAvx512Kernels = {"avx512",      avx512::moments, avx512::embed,
-                                avx512::block, avx512::norm,    avx512::head};
+const Kernels kAvx512Kernels = {"avx512", avx512::moments, avx512::embed, avx512::block, avx512::norm, avx512::head};
 }

@@ -8,8 +8,8 @@
 namespace riformer::RIFORMER_ISA {
 
 // Moments of runs of `n` values, a run for each lane of a vector, `stride` apart; `count` of them exist. In two passes:
-// E[x^2] - E[x]^2 would lose everything where the mean is much larger than the spread, and one pass of sums about each run's
-// first value lost up to twice what rounding allows (measured).
+// E[x^2] - E[x]^2 would lose everything where the mean is much larger than the spread, and one pass of sums about each
+// run's first value lost up to twice what rounding allows (measured).
 template <class T>
 inline void run_moments(const T* from, int64_t stride, int count, int64_t n, float* mean, float* centred) {
   Vec sums[Vec::kLanes];
@@ -32,8 +32,8 @@ inline void run_moments(const T* from, int64_t stride, int count, int64_t n, flo
   lane_sums(sums).store_n(centred, count);
 }
 
-// Channels [begin, end_channel) of tiles [first, last), channel by channel, so that rows are read in runs as long as these tiles.
-// partial is [tile][2][channels] over all tiles of the batch.
+// Channels [begin, end_channel) of tiles [first, last), channel by channel, so that rows are read in runs as long as
+// these tiles. partial is [tile][2][channels] over all tiles of the batch.
 template <class T>
 inline void moments_of_tiles(const T* tokens, const Tiles& tiles, int64_t first, int64_t last, int64_t channels,
                              int64_t begin, int64_t end_channel, float* partial) {

@@ -48,7 +48,10 @@ struct Tiles {
   int64_t batch, positions, size, per_image;
 
   Tiles(int64_t batch_, int64_t positions_)
-      : batch(batch_), positions(positions_), size(positions_ <= 256 ? 16 : 64), per_image((positions_ + size - 1) / size) {}
+      : batch(batch_),
+        positions(positions_),
+        size(positions_ <= 256 ? 16 : 64),
+        per_image((positions_ + size - 1) / size) {}
 
   int64_t count() const { return batch * per_image; }
   int64_t image(int64_t tile) const { return tile / per_image; }
@@ -59,7 +62,8 @@ struct Tiles {
   }
 };
 
-// Tasks are runs of whole tiles of at most `wanted` tokens (or one tile), as many as there are threads or a multiple of it.
+// Tasks are runs of whole tiles of at most `wanted` tokens (or one tile), as many as there are threads or a multiple of
+// it.
 struct Tasks {
   Tiles tiles;
   int64_t count, tiles_per_task;
@@ -91,7 +95,8 @@ struct Piece {
 
 // The pieces of tiles [first, last), their tokens numbered one after the other. Returns their count; *tokens receives
 // the number of tokens.
-inline int cut_pieces(const Tiles& tiles, int64_t first, int64_t last, int panel_tokens, Piece* pieces, int64_t* tokens) {
+inline int cut_pieces(const Tiles& tiles, int64_t first, int64_t last, int panel_tokens, Piece* pieces,
+                      int64_t* tokens) {
   int count = 0;
   int64_t lane = 0;
   int64_t tile = first;

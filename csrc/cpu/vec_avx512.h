@@ -65,7 +65,8 @@ inline Vec if_negative(Vec x, Vec a, Vec b) {
 inline Vec lane_sums(const Vec* v) {
   __m512 a[8], b[4], c[2];
   for (int i = 0; i < 8; ++i)  // v[i] and v[i + 8]
-    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i].v, v[i + 8].v, 0x44), _mm512_shuffle_f32x4(v[i].v, v[i + 8].v, 0xee));
+    a[i] =
+        _mm512_add_ps(_mm512_shuffle_f32x4(v[i].v, v[i + 8].v, 0x44), _mm512_shuffle_f32x4(v[i].v, v[i + 8].v, 0xee));
   for (int i = 0; i < 4; ++i)  // i, i + 4, i + 8, i + 12: a quarter each
     b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
   for (int i = 0; i < 2; ++i)
@@ -81,8 +82,8 @@ inline Vec scale_exponent(Vec a, Vec whole) { return {_mm512_scalef_ps(a.v, whol
 
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 
-// g(|x|) of gelu_table.h subtracted from max(x, 0). The segment's number is left in the low bits of the sum with 1.5 * 2^23,
-// where the permutation looks for it. NaN stays NaN: min returns its second operand when either is.
+// g(|x|) of gelu_table.h subtracted from max(x, 0). The segment's number is left in the low bits of the sum with 1.5 *
+// 2^23, where the permutation looks for it. NaN stays NaN: min returns its second operand when either is.
 #define RIFORMER_GELU_TABLE
 template <int kDegree>
 inline Vec gelu_table(Vec x, const float (&table)[kDegree + 1][kGeluSegments], float scale, float limit) {

@@ -6,9 +6,10 @@
 
 namespace riformer::cuda {
 
-// Rows are handed out in slots of 64. With `slots_per_image` a slot belongs to one image (the last of an image is short)
-// and its moments are written; with 0 the rows of all images follow each other, which wastes none where images have few
-// positions (7 x 7 is 49), and the moments are taken in a pass of their own. Which of the two depends on N alone.
+// Rows are handed out in slots of 64. With `slots_per_image` a slot belongs to one image (the last of an image is
+// short) and its moments are written; with 0 the rows of all images follow each other, which wastes none where images
+// have few positions (7 x 7 is 49), and the moments are taken in a pass of their own. Which of the two depends on N
+// alone.
 constexpr int kSlotRows = 64;
 
 struct BlockKernelArgs {
@@ -68,8 +69,8 @@ RIFORMER_DEVICE float normed(float x, const RowStatistics& row, float u, float w
 }
 
 // y + ls2 branch + ls2 b2, or the branch alone.
-RIFORMER_DEVICE float finished(float x, const RowStatistics& row, float u, float w, float branch, float scale, float shift,
-                               bool residual) {
+RIFORMER_DEVICE float finished(float x, const RowStatistics& row, float u, float w, float branch, float scale,
+                               float shift, bool residual) {
   const float scaled = multiply_add(branch, scale, shift);
   if (!residual) return scaled;
   const float centred = x - row.mean;

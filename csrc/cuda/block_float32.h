@@ -27,8 +27,8 @@ constexpr int kPitch = kDepth + 4, kOutPitch = kColumns + 4;  // in floats
 constexpr int kRowsOfThread = 4, kColumnsOfThread = 8;
 constexpr int kStageFloats = (kSlotRows + kColumns) * kPitch;
 constexpr int kSharedBytes = 2 * kStageFloats * 4;
-constexpr int kPieces = kDepth / 4;                            // of 16 bytes in a row of a stage
-constexpr int kLoads = kSlotRows * kPieces / kThreads;         // of a thread for the rows, and for the weights
+constexpr int kPieces = kDepth / 4;                     // of 16 bytes in a row of a stage
+constexpr int kLoads = kSlotRows * kPieces / kThreads;  // of a thread for the rows, and for the weights
 static_assert(kSlotRows * kOutPitch * 4 <= kSharedBytes && kColumns == kSlotRows, "");
 
 struct alignas(16) Four {
@@ -123,7 +123,8 @@ RIFORMER_DEVICE void product(const Tile& tile, const Load& load, const float* we
 }
 
 template <bool PerPosition>
-RIFORMER_KERNEL(kThreads, 3) expand_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
+RIFORMER_KERNEL(kThreads, 3)
+expand_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
   const Tile tile(args, args.hidden);
   const auto* const x = static_cast<const float*>(args.x) + tile.rows.first * args.channels;
   const float* maps[kLoads];

@@ -51,7 +51,8 @@ RIFORMER_DEVICE float constant_at(const PrepareArgs& args, int64_t index) {
 // of what the block's own 16-bit tokens move at 7 x 7 and a 450th at 56 x 56, so its latency matters and not its bytes.
 // What a pass needs of an earlier one, its own thread reads back from `maps`: the only barriers are those of the sums.
 template <bool PerPosition>
-RIFORMER_KERNEL(kMapThreads, 2) prepare_kernel(RIFORMER_GRID_CONSTANT PrepareArgs args) {
+RIFORMER_KERNEL(kMapThreads, 2)
+prepare_kernel(RIFORMER_GRID_CONSTANT PrepareArgs args) {
   const int64_t image = block_index();
   if (image >= args.images) {
     const int64_t all = args.hidden + 2 * static_cast<int64_t>(args.channels);
@@ -127,7 +128,8 @@ constexpr int kPositionThreads = 256;
 // registers but for the widest; no shared memory. x is read once; u and w come from the nearest cache, 4 times x's
 // bytes with 16-bit values, which at 4.3 TB/s of x would be 80 of the 128 bytes per cycle that it gives.
 template <class T, int Lanes, int Held>
-RIFORMER_KERNEL(kPositionThreads, 2) position_kernel(RIFORMER_GRID_CONSTANT PositionArgs args) {
+RIFORMER_KERNEL(kPositionThreads, 2)
+position_kernel(RIFORMER_GRID_CONSTANT PositionArgs args) {
   const int64_t row = block_index() * (kPositionThreads / Lanes) + thread_index() / Lanes;
   const bool inside = row < args.rows;
   const int channels = args.channels;
@@ -140,7 +142,7 @@ RIFORMER_KERNEL(kPositionThreads, 2) position_kernel(RIFORMER_GRID_CONSTANT Posi
     return d + multiply_add(gain, d * of_x.rstd, offset);
   };
   const auto visit_pairs = [&](const auto& visit) {
-    x.each([&](int c, const float(&value)[kPerPiece<T>]) {
+    x.each([&](int c, const float (&value)[kPerPiece<T>]) {
       RIFORMER_UNROLL
       for (int i = 0; i < kPerPiece<T>; i += 4) {
         float gain[4], offset[4];
@@ -184,13 +186,31 @@ void launch_positions(const PositionArgs& args, const Device& device) {
 // The buffers are as the counts above say, 16-byte aligned; `statistics` is written with per_position alone.
 inline void launch_block_maps(const BlockArgs& args, float* maps, float* statistics, float* constants) {
   const int64_t images = args.per_position ? 1 : args.batch;
-  const PrepareArgs prepare{
-      args.moments, maps, constants,
-      args.layer_scale_1, args.norm1_weight, args.norm1_bias, args.affine_weight, args.affine_bias,
-      args.norm2_weight, args.norm2_bias, args.fc1_bias, args.fc2_bias, args.layer_scale_2,
-      images, args.positions, static_cast<int>(args.channels), static_cast<int>(args.hidden), args.eps1, args.eps2};
-  const Launch how{"block maps", images + ceil_divide(constants_count(args), kConstantsPerBlock), kMapThreads,
-                   BlockTeam::kFloats * 4, 1, args.device.stream};
+  const PrepareArgs prepare{args.moments,
+                            maps,
+                            constants,
+                            args.layer_scale_1,
+                            args.norm1_weight,
+                            args.norm1_bias,
+                            args.affine_weight,
+                            args.affine_bias,
+                            args.norm2_weight,
+                            args.norm2_bias,
+                            args.fc1_bias,
+                            args.fc2_bias,
+                            args.layer_scale_2,
+                            images,
+                            args.positions,
+                            static_cast<int>(args.channels),
+                            static_cast<int>(args.hidden),
+                            args.eps1,
+                            args.eps2};
+  const Launch how{"block maps",
+                   images + ceil_divide(constants_count(args), kConstantsPerBlock),
+                   kMapThreads,
+                   BlockTeam::kFloats * 4,
+                   1,
+                   args.device.stream};
   launch(args.per_position ? prepare_kernel<true> : prepare_kernel<false>, how, prepare);
   if (!args.per_position) return;
   const PositionArgs positions{

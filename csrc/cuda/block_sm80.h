@@ -69,8 +69,8 @@ RIFORMER_DEVICE void copy_stage(const BlockKernelArgs& args, unsigned char* stag
   const auto* const fc1 = static_cast<const uint16_t*>(args.fc1_weight) + static_cast<int64_t>(hidden) * C;
   const auto* const fc2 = static_cast<const uint16_t*>(args.fc2_weight) + hidden;
   copy_tile<Shape::kPieces, Shape::kHidden, Shape::kThreads>(stage, fc1, 2 * C, Shape::kHidden, Shape::kPieces);
-  copy_tile<Shape::kHiddenPieces, C, Shape::kThreads>(
-      stage + Shape::kMatrixBytes, fc2, 2 * static_cast<int64_t>(args.hidden), C, Shape::kHiddenPieces);
+  copy_tile<Shape::kHiddenPieces, C, Shape::kThreads>(stage + Shape::kMatrixBytes, fc2,
+                                                      2 * static_cast<int64_t>(args.hidden), C, Shape::kHiddenPieces);
   const int thread = thread_index();
   if (thread < Shape::kHidden / 4)
     copy_async_16(stage + 2 * Shape::kMatrixBytes + 16 * thread, args.constants + hidden + 4 * thread, true);
@@ -137,7 +137,8 @@ RIFORMER_DEVICE void project_step(float (&sums)[Shape::kRowTiles][Shape::kPieces
 }
 
 template <class T, class Shape, RowMode Mode>
-RIFORMER_KERNEL(Shape::kThreads, Shape::kBlocks) fused_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
+RIFORMER_KERNEL(Shape::kThreads, Shape::kBlocks)
+fused_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
   constexpr int C = Shape::kChannels, kTiles = Shape::kRowTiles;
   auto* const places = reinterpret_cast<SlotPlace*>(shared_memory());
   unsigned char* const tokens = shared_memory() + kPlaceBytes;

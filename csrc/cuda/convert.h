@@ -17,7 +17,8 @@ struct ConvertArgs {
 
 // Eight values a thread, in loads and stores of 16 bytes where the pointers allow it: memory bounds it.
 template <class From, class To>
-RIFORMER_KERNEL(kConvertThreads, 4) convert_kernel(RIFORMER_GRID_CONSTANT ConvertArgs args) {
+RIFORMER_KERNEL(kConvertThreads, 4)
+convert_kernel(RIFORMER_GRID_CONSTANT ConvertArgs args) {
   const int64_t first = (block_index() * kConvertThreads + thread_index()) * kConvertValues;
   const From* const from = static_cast<const From*>(args.from) + first;
   To* const to = static_cast<To*>(args.to) + first;
@@ -38,8 +39,9 @@ RIFORMER_KERNEL(kConvertThreads, 4) convert_kernel(RIFORMER_GRID_CONSTANT Conver
 
 template <class From>
 void launch_convert_of(const Device& device, DType to, const ConvertArgs& args) {
-  const Launch how{"convert", ceil_divide(args.count, int64_t{kConvertThreads} * kConvertValues), kConvertThreads, 0, 1,
-                   device.stream};
+  const Launch how{
+      "convert",    ceil_divide(args.count, int64_t{kConvertThreads} * kConvertValues), kConvertThreads, 0, 1,
+      device.stream};
   if (to == DType::f32) launch(convert_kernel<From, float>, how, args);
   if (to == DType::bf16) launch(convert_kernel<From, bf16>, how, args);
   if (to == DType::f16) launch(convert_kernel<From, f16>, how, args);

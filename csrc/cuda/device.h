@@ -1,8 +1,8 @@
 // The machine as the kernels see it: threads, barriers, shared memory, copies, matrix instructions of sm_80.
 //
-// Kernels use these functions and no CUDA of their own, so that the same source compiles twice: by nvcc into PTX, and by
-// a C++ compiler onto the emulator (csrc/emulator), which runs it thread by thread on the CPU. What no GPU has run has
-// then still run, all but the instructions themselves.
+// Kernels use these functions and no CUDA of their own, so that the same source compiles twice: by nvcc into PTX, and
+// by a C++ compiler onto the emulator (csrc/emulator), which runs it thread by thread on the CPU. What no GPU has run
+// has then still run, all but the instructions themselves.
 //
 // PTX is written here rather than taken from CuTe: the emulator has to replace each instruction, which it could not do
 // inside CuTe's atoms, and these few functions compile in a second where CuTe's headers take half a minute per kernel.
@@ -58,19 +58,24 @@ RIFORMER_DEVICE uint32_t shared_address(const void* pointer) {
 RIFORMER_DEVICE void sync_block() { __syncthreads(); }
 RIFORMER_DEVICE void sync_warp() { __syncwarp(); }
 // Barrier `id` (1 to 15) among `threads` threads, whole warps.
-RIFORMER_DEVICE void sync_named(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+RIFORMER_DEVICE void sync_named(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 RIFORMER_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 RIFORMER_DEVICE int shuffle_xor(int value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 // 16 bytes of global memory to shared memory, asynchronously; zeros where not `valid` (nothing is then read).
 RIFORMER_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0)
                : "memory");
 }
 RIFORMER_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most `Pending` of this thread's groups are under way.
 template <int Pending>
-RIFORMER_DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory"); }
+RIFORMER_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
 
 // Four 8 x 8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8. In matrix i, lane l gets
 // the two values at row l / 4, columns 2 (l % 4) and the next; transposed: of the transposed matrix.
@@ -87,22 +92,25 @@ RIFORMER_DEVICE void load_matrix_x4_transposed(uint32_t (&out)[4], const void* r
                : "memory");
 }
 
-// d += a b over 16 x 8 x 16, float32 sums. Lane l holds of d: rows l / 4 (d[0], d[1]) and l / 4 + 8 (d[2], d[3]), columns
-// 2 (l % 4) and the next; of a (16 x 16): a[0] rows l / 4, k 2 (l % 4) and the next, a[1] the same 8 rows below, a[2] and
-// a[3] the same 8 k further; of b (16 x 8): b[0] k 2 (l % 4) and the next, column l / 4, b[1] 8 k further.
+// d += a b over 16 x 8 x 16, float32 sums. Lane l holds of d: rows l / 4 (d[0], d[1]) and l / 4 + 8 (d[2], d[3]),
+// columns 2 (l % 4) and the next; of a (16 x 16): a[0] rows l / 4, k 2 (l % 4) and the next, a[1] the same 8 rows
+// below, a[2] and a[3] the same 8 k further; of b (16 x 8): b[0] k 2 (l % 4) and the next, column l / 4, b[1] 8 k
+// further.
 template <class T>
 RIFORMER_DEVICE void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 template <>
 RIFORMER_DEVICE void multiply_16x8x16<bf16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 template <>
 RIFORMER_DEVICE void multiply_16x8x16<f16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -134,7 +142,9 @@ RIFORMER_DEVICE uint32_t pack<f16>(float low, float high) {
 template <class T>
 RIFORMER_DEVICE float unpack_one(uint32_t bits);
 template <>
-RIFORMER_DEVICE float unpack_one<bf16>(uint32_t bits) { return __uint_as_float(bits << 16); }
+RIFORMER_DEVICE float unpack_one<bf16>(uint32_t bits) {
+  return __uint_as_float(bits << 16);
+}
 template <>
 RIFORMER_DEVICE float unpack_one<f16>(uint32_t bits) {
   float out;
@@ -165,9 +175,13 @@ RIFORMER_DEVICE void copy_async_16(void* shared, const void* global, bool valid)
 }
 RIFORMER_DEVICE void copy_async_commit() { emulator::copy_async_commit(); }
 template <int Pending>
-RIFORMER_DEVICE void copy_async_wait() { emulator::copy_async_wait(Pending); }
+RIFORMER_DEVICE void copy_async_wait() {
+  emulator::copy_async_wait(Pending);
+}
 RIFORMER_DEVICE void load_matrix_x4(uint32_t (&out)[4], const void* row) { emulator::load_matrix_x4(out, row, false); }
-RIFORMER_DEVICE void load_matrix_x4_transposed(uint32_t (&out)[4], const void* row) { emulator::load_matrix_x4(out, row, true); }
+RIFORMER_DEVICE void load_matrix_x4_transposed(uint32_t (&out)[4], const void* row) {
+  emulator::load_matrix_x4(out, row, true);
+}
 template <class T>
 RIFORMER_DEVICE void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulator::multiply_16x8x16(d, a, b, sizeof(T) == 2 && std::is_same<T, bf16>::value);
@@ -182,23 +196,33 @@ RIFORMER_DEVICE uint32_t pack(float low, float high) {
   return first.bits | static_cast<uint32_t>(second.bits) << 16;
 }
 template <class T>
-RIFORMER_DEVICE float unpack_one(uint32_t bits) { return widen(T{static_cast<uint16_t>(bits)}); }
+RIFORMER_DEVICE float unpack_one(uint32_t bits) {
+  return widen(T{static_cast<uint16_t>(bits)});
+}
 
 #endif
 
 template <class T>
-RIFORMER_DEVICE float unpack_low(uint32_t word) { return unpack_one<T>(word & 0xffff); }
+RIFORMER_DEVICE float unpack_low(uint32_t word) {
+  return unpack_one<T>(word & 0xffff);
+}
 template <class T>
-RIFORMER_DEVICE float unpack_high(uint32_t word) { return unpack_one<T>(word >> 16); }
+RIFORMER_DEVICE float unpack_high(uint32_t word) {
+  return unpack_one<T>(word >> 16);
+}
 
 // Single values, whatever the type; what kernels of few operations use.
 RIFORMER_DEVICE float to_float(float value) { return value; }
 RIFORMER_DEVICE float to_float(bf16 value) { return unpack_one<bf16>(value.bits); }
 RIFORMER_DEVICE float to_float(f16 value) { return unpack_one<f16>(value.bits); }
 template <class T>
-RIFORMER_DEVICE T from_float(float value) { return T{static_cast<uint16_t>(pack<T>(value, 0.f))}; }
+RIFORMER_DEVICE T from_float(float value) {
+  return T{static_cast<uint16_t>(pack<T>(value, 0.f))};
+}
 template <>
-RIFORMER_DEVICE float from_float<float>(float value) { return value; }
+RIFORMER_DEVICE float from_float<float>(float value) {
+  return value;
+}
 
 // Typed, since a memcpy from an address whose alignment is unknown becomes a load per byte.
 struct alignas(8) Pair {

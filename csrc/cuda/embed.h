@@ -15,7 +15,8 @@ struct ArrangeWeightArgs {
   int in_channels, kernel_height, kernel_width, inner;
 };
 template <class T>
-RIFORMER_KERNEL(kArrangeThreads, 1) arrange_weight_kernel(RIFORMER_GRID_CONSTANT ArrangeWeightArgs args) {
+RIFORMER_KERNEL(kArrangeThreads, 1)
+arrange_weight_kernel(RIFORMER_GRID_CONSTANT ArrangeWeightArgs args) {
   constexpr int kValues = kPerPiece<T>;
   const int64_t at = block_index() * kArrangeThreads + thread_index();
   if (at >= args.pieces) return;
@@ -41,7 +42,8 @@ struct ArrangeImagesArgs {
   int in_channels, width;
 };
 template <class T>
-RIFORMER_KERNEL(kArrangeThreads, 1) arrange_images_kernel(RIFORMER_GRID_CONSTANT ArrangeImagesArgs args) {
+RIFORMER_KERNEL(kArrangeThreads, 1)
+arrange_images_kernel(RIFORMER_GRID_CONSTANT ArrangeImagesArgs args) {
   constexpr int kValues = kPerPiece<T>;
   const int64_t at = block_index() * kArrangeThreads + thread_index();
   const int64_t pieces = args.in_channels / kValues;
@@ -56,9 +58,12 @@ RIFORMER_KERNEL(kArrangeThreads, 1) arrange_images_kernel(RIFORMER_GRID_CONSTANT
     return pack_piece<T>(values);
   };
   Vec16 found;
-  if (args.x_dtype == DType::f32) found = read(static_cast<const float*>(args.x));
-  else if (args.x_dtype == DType::bf16) found = read(static_cast<const bf16*>(args.x));
-  else found = read(static_cast<const f16*>(args.x));
+  if (args.x_dtype == DType::f32)
+    found = read(static_cast<const float*>(args.x));
+  else if (args.x_dtype == DType::bf16)
+    found = read(static_cast<const bf16*>(args.x));
+  else
+    found = read(static_cast<const f16*>(args.x));
   store_16(static_cast<Vec16*>(args.out) + (image * args.pixels + pixel) * pieces + piece, found);
 }
 
@@ -141,8 +146,10 @@ void launch_embed_tile(const EmbedKernelArgs& args, const Device& device) {
 template <class T>
 void launch_embed_kernel(const EmbedKernelArgs& args, const EmbedPlan& plan, const Device& device) {
   if (plan.slots == 1) {
-    if (plan.gather) launch_embed_tile<T, 1, 64, true>(args, device);
-    else launch_embed_tile<T, 1, 64, false>(args, device);
+    if (plan.gather)
+      launch_embed_tile<T, 1, 64, true>(args, device);
+    else
+      launch_embed_tile<T, 1, 64, false>(args, device);
   }
   if constexpr (sizeof(T) == 2) {
     if (plan.slots == 2 && plan.gather) {

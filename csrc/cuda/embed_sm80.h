@@ -87,7 +87,8 @@ struct CopiedRows {
   Window windows[2];
 
   RIFORMER_DEVICE CopiedRows(const EmbedKernelArgs& all, int64_t slot)
-      : args(all), at(thread_index() % kStepPieces, all.inner, all.kernel_width),
+      : args(all),
+        at(thread_index() % kStepPieces, all.inner, all.kernel_width),
         windows{Window(all, slot, thread_index() / kStepPieces), second(all, slot)} {}
   static RIFORMER_DEVICE Window second(const EmbedKernelArgs& all, int64_t slot) {
     const int row = thread_index() / kStepPieces + kThreads / kStepPieces;
@@ -121,9 +122,11 @@ struct GatheredRows {
   Window window;
 
   RIFORMER_DEVICE GatheredRows(const EmbedKernelArgs& all, int64_t slot)
-      : args(all), at{PieceIndex(thread_index() / kRows, all.inner, all.in_channels),
-                      PieceIndex(thread_index() / kRows + 2, all.inner, all.in_channels)},
-        row(thread_index() % kRows), window(all, slot + row / kSlotRows, row % kSlotRows) {}
+      : args(all),
+        at{PieceIndex(thread_index() / kRows, all.inner, all.in_channels),
+           PieceIndex(thread_index() / kRows + 2, all.inner, all.in_channels)},
+        row(thread_index() % kRows),
+        window(all, slot + row / kSlotRows, row % kSlotRows) {}
 
   template <class X>
   RIFORMER_DEVICE Vec16 gathered(const PieceIndex& piece) const {
@@ -154,9 +157,12 @@ struct GatheredRows {
     RIFORMER_UNROLL
     for (int i = 0; i < 2; ++i) {
       Vec16 piece;
-      if (args.x_dtype == DType::f32) piece = gathered<float>(at[i]);
-      else if (args.x_dtype == DType::bf16) piece = gathered<bf16>(at[i]);
-      else piece = gathered<f16>(at[i]);
+      if (args.x_dtype == DType::f32)
+        piece = gathered<float>(at[i]);
+      else if (args.x_dtype == DType::bf16)
+        piece = gathered<bf16>(at[i]);
+      else
+        piece = gathered<f16>(at[i]);
       store_16(to + step_offset(row, thread_index() / kRows + 2 * i), piece);
       at[i].advance(args.inner, args.in_channels);
     }
@@ -265,7 +271,8 @@ struct EmbedTile {
 // 32 x 64 has 32 mma (about 50 cycles of a multiprocessor's matrix units) for 12 ldmatrix (48 cycles of shared memory);
 // a tile of 128 x 128 has 64 operations a byte of what it copies: the second-level cache can feed about 350 TFLOP/s.
 template <class T, int Slots, int Columns, bool Gather>
-RIFORMER_KERNEL(128 * Slots, 2) embed_kernel(RIFORMER_GRID_CONSTANT EmbedKernelArgs args) {
+RIFORMER_KERNEL(128 * Slots, 2)
+embed_kernel(RIFORMER_GRID_CONSTANT EmbedKernelArgs args) {
   using Tile = EmbedTile<T, Slots, Columns>;
   using Rows = std::conditional_t<Gather, GatheredRows<T, Slots>, CopiedRows<T, Slots>>;
   constexpr int kThreads = Tile::kThreads;
@@ -284,8 +291,8 @@ RIFORMER_KERNEL(128 * Slots, 2) embed_kernel(RIFORMER_GRID_CONSTANT EmbedKernelA
   // This thread's piece of every kStride-th column; loads go through the steps in order.
   constexpr int kStride = kThreads / kStepPieces;
   const int first_piece = thread_index() % kStepPieces, first_column = thread_index() / kStepPieces;
-  const Vec16* weight = static_cast<const Vec16*>(args.weight) +
-                        static_cast<int64_t>(column + first_column) * args.pieces + first_piece;
+  const Vec16* weight =
+      static_cast<const Vec16*>(args.weight) + static_cast<int64_t>(column + first_column) * args.pieces + first_piece;
   const auto load = [&](int step) {
     if (step < steps) {
       rows.load(stage(step));
@@ -323,8 +330,8 @@ RIFORMER_KERNEL(128 * Slots, 2) embed_kernel(RIFORMER_GRID_CONSTANT EmbedKernelA
   RIFORMER_NO_UNROLL
   for (int i = 0; i < Slots; ++i) {
     if (slot + i >= args.slots) break;
-    const Slot found = slot_at(slot + i, args.slots / args.slots_per_image * args.positions, args.positions,
-                               args.slots_per_image);
+    const Slot found =
+        slot_at(slot + i, args.slots / args.slots_per_image * args.positions, args.positions, args.slots_per_image);
     const auto at = [&](int row, int piece) { return shared + (i * kSlotRows + row) * Tile::kPitch + 16 * piece; };
     store_slot(at, found.rows, pieces, static_cast<T*>(args.out) + found.first * args.channels + column,
                args.channels * static_cast<int64_t>(sizeof(T)), thread_index(), kThreads);

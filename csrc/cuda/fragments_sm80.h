@@ -136,9 +136,10 @@ struct WarpRows {
       }
       // Images have few positions where slots cross them: 32 bits are enough.
       if (Mode == RowMode::images)
-        images[i] = inside ? static_cast<int>(static_cast<uint32_t>(place.position + row) /
-                                              static_cast<uint32_t>(args.positions))
-                           : 0;
+        images[i] =
+            inside
+                ? static_cast<int>(static_cast<uint32_t>(place.position + row) / static_cast<uint32_t>(args.positions))
+                : 0;
       statistics[i] = {maps_of(i, args.channels)[4 * args.channels], 1.f, 0.f, 1.f};
     }
   }
@@ -218,8 +219,8 @@ RIFORMER_DEVICE void finish_fragments(const BlockKernelArgs& args, const WarpRow
         u = load_pair(maps + c);
         w = load_pair(maps + args.channels + c);
       }
-      auto* const word = reinterpret_cast<uint32_t*>(
-          tile + SwizzledTile<Pieces>::offset(lane / 4 + 8 * i, piece + n) + 4 * (lane % 4));
+      auto* const word = reinterpret_cast<uint32_t*>(tile + SwizzledTile<Pieces>::offset(lane / 4 + 8 * i, piece + n) +
+                                                     4 * (lane % 4));
       const float x[2] = {unpack_low<T>(*word), unpack_high<T>(*word)};
       float y[2];
       RIFORMER_UNROLL

@@ -34,8 +34,12 @@ RIFORMER_DEVICE float gelu_16_bit(float x) {
 RIFORMER_DEVICE float gelu_float32(float x) { return x * multiply_add(0.5f, erff(x * 0.70710678118654752f), 0.5f); }
 
 template <class T>
-RIFORMER_DEVICE float gelu(float x) { return gelu_16_bit(x); }
+RIFORMER_DEVICE float gelu(float x) {
+  return gelu_16_bit(x);
+}
 template <>
-RIFORMER_DEVICE float gelu<float>(float x) { return gelu_float32(x); }
+RIFORMER_DEVICE float gelu<float>(float x) {
+  return gelu_float32(x);
+}
 
 }  // namespace riformer::cuda

@@ -24,7 +24,8 @@ struct PoolArgs {
 // column are added upwards. Shared memory: three floats per row, then [step, columns] float32, at most 8 KB. x comes
 // from memory once; the later passes find the tile (48 KB with 768 channels of 16 bits) in the nearest cache.
 template <class T, int Lanes>
-RIFORMER_KERNEL(kHeadThreads, 2) pool_kernel(RIFORMER_GRID_CONSTANT PoolArgs args) {
+RIFORMER_KERNEL(kHeadThreads, 2)
+pool_kernel(RIFORMER_GRID_CONSTANT PoolArgs args) {
   constexpr int kValues = kPerPiece<T>;
   auto* const statistics = reinterpret_cast<PositionStatistics*>(shared_memory());
   float* const parts = reinterpret_cast<float*>(statistics + kPoolRows);
@@ -109,7 +110,8 @@ RIFORMER_DEVICE int feature_place(int c, int channels) {
 // them and a feature for four classes. Its 16 loads of shared memory take 64 cycles, and its 256 multiply-adds too: at
 // best half the rate of the multiply-adds: 0.5 G of them at a batch of 1024, 30 us where S12's blocks take 5 ms.
 template <class W, int Classes, int Images>
-RIFORMER_KERNEL(kHeadThreads, 2) head_kernel(RIFORMER_GRID_CONSTANT HeadKernelArgs args) {
+RIFORMER_KERNEL(kHeadThreads, 2)
+head_kernel(RIFORMER_GRID_CONSTANT HeadKernelArgs args) {
   constexpr int kValues = kPerPiece<W>, kShare = kHeadWarps / Images, kPairs = Classes * Images;
   float* const features = reinterpret_cast<float*>(shared_memory());
   const int channels = args.channels, warp = thread_index() / kWarp, lane = thread_index() % kWarp;
@@ -183,9 +185,12 @@ RIFORMER_KERNEL(kHeadThreads, 2) head_kernel(RIFORMER_GRID_CONSTANT HeadKernelAr
     if (lane % (kWarp / kPairs) != 0 || scored >= args.classes || of >= args.batch) continue;
     const float score = args.fc_bias.data ? sum + load_parameter(args.fc_bias, scored) : sum;
     const int64_t at = of * args.classes + scored;
-    if (args.out_dtype == DType::f32) static_cast<float*>(args.out)[at] = score;
-    else if (args.out_dtype == DType::bf16) static_cast<bf16*>(args.out)[at] = from_float<bf16>(score);
-    else static_cast<f16*>(args.out)[at] = from_float<f16>(score);
+    if (args.out_dtype == DType::f32)
+      static_cast<float*>(args.out)[at] = score;
+    else if (args.out_dtype == DType::bf16)
+      static_cast<bf16*>(args.out)[at] = from_float<bf16>(score);
+    else
+      static_cast<f16*>(args.out)[at] = from_float<f16>(score);
   }
 }
 
@@ -196,11 +201,16 @@ inline int64_t pool_sums_count(const HeadArgs& args) {
 template <class T>
 void launch_pool(const HeadArgs& args, float* sums) {
   const PoolArgs pool{args.x, sums, args.positions, static_cast<int>(args.channels), args.eps};
-  const Launch how{"pool", args.batch * ceil_divide(args.positions, kPoolRows), kHeadThreads,
-                   kPoolRows * static_cast<int64_t>(sizeof(PositionStatistics)) + kHeadThreads * kPerPiece<T> * 4, 1,
+  const Launch how{"pool",
+                   args.batch * ceil_divide(args.positions, kPoolRows),
+                   kHeadThreads,
+                   kPoolRows * static_cast<int64_t>(sizeof(PositionStatistics)) + kHeadThreads * kPerPiece<T> * 4,
+                   1,
                    args.device.stream};
-  if (row_form(args.channels, sizeof(T)) == RowForm::narrow) launch(pool_kernel<T, 8>, how, pool);
-  else launch(pool_kernel<T, 32>, how, pool);
+  if (row_form(args.channels, sizeof(T)) == RowForm::narrow)
+    launch(pool_kernel<T, 8>, how, pool);
+  else
+    launch(pool_kernel<T, 32>, how, pool);
 }
 
 template <class W, int Classes, int Images>
@@ -218,8 +228,10 @@ void launch_scores(HeadKernelArgs args, const Device& device) {
 
 template <class W>
 void launch_head_of(const HeadKernelArgs& args, const Device& device) {
-  if (args.batch > 8 && 8 * int64_t{args.channels} * 4 <= kMostHeadShared) launch_scores<W, 4, 8>(args, device);
-  else launch_scores<W, 1, 1>(args, device);
+  if (args.batch > 8 && 8 * int64_t{args.channels} * 4 <= kMostHeadShared)
+    launch_scores<W, 4, 8>(args, device);
+  else
+    launch_scores<W, 1, 1>(args, device);
 }
 
 inline void launch_head(const HeadArgs& args) {

@@ -37,15 +37,15 @@ struct MomentsArgs {
 int64_t moments_workspace(const MomentsArgs& args);
 void moments(const MomentsArgs& args);
 
-// Convolution as an implicit matrix product: rows are output positions, the sum runs over kernel_height x kernel_width x
-// in_channels. x is read where it lies (any strides, its own dtype) and rounded to `dtype` on the way.
+// Convolution as an implicit matrix product: rows are output positions, the sum runs over kernel_height x kernel_width
+// x in_channels. x is read where it lies (any strides, its own dtype) and rounded to `dtype` on the way.
 struct EmbedArgs {
   Device device;
   const void* x;
   DType x_dtype;
   int64_t batch, in_channels, height, width;
   int64_t stride_batch, stride_channel, stride_row, stride_column;  // of x, in elements
-  const void* weight;  // [C, KH, KW, Cin] in `dtype`
+  const void* weight;                                               // [C, KH, KW, Cin] in `dtype`
   Parameter bias;
   DType dtype;  // of the result and of the products
   int64_t channels, kernel_height, kernel_width, stride, padding, out_height, out_width;
@@ -116,6 +116,5 @@ void head(const HeadArgs& args);
 
 // `count` values from one dtype to another (round to nearest even): weights whose dtype is not the tokens'.
 void convert(const Device& device, const void* from, DType from_dtype, void* to, DType to_dtype, int64_t count);
-
 
 }  // namespace riformer::cuda

@@ -58,7 +58,8 @@ struct MergeArgs {
 // times [16, 32] float32, for the means and the centred sums. It reads 8 bytes per channel for every 64 values that the
 // kernel before wrote: 6 % of the tokens' own bytes with 16-bit values; the second pass finds the means in the cache.
 template <int Columns>
-RIFORMER_KERNEL(Columns* kMergeParts, 2) merge_kernel(RIFORMER_GRID_CONSTANT MergeArgs args) {
+RIFORMER_KERNEL(Columns* kMergeParts, 2)
+merge_kernel(RIFORMER_GRID_CONSTANT MergeArgs args) {
   float* const parts = reinterpret_cast<float*>(shared_memory());
   const int lane = thread_index() % Columns, part = thread_index() / Columns;
   const int64_t groups = ceil_divide(args.channels, Columns);
@@ -114,7 +115,8 @@ struct SlotMomentsArgs {
 // [slots, 2, 8 pieces]. A tile is 8 KB and x is read once. About 170 instructions per 16 bytes x 64 rows: 5 TB/s on 132
 // multiprocessors at 1.7 GHz, so memory is the limit, though by little.
 template <class T>
-RIFORMER_KERNEL(kMomentsThreads, 4) slot_moments_kernel(RIFORMER_GRID_CONSTANT SlotMomentsArgs args) {
+RIFORMER_KERNEL(kMomentsThreads, 4)
+slot_moments_kernel(RIFORMER_GRID_CONSTANT SlotMomentsArgs args) {
   constexpr int kColumns = kMomentsPieces * kPerPiece<T>;
   unsigned char* const tiles = shared_memory();
   const int64_t groups = ceil_divide(args.channels, kColumns);
@@ -127,9 +129,7 @@ RIFORMER_KERNEL(kMomentsThreads, 4) slot_moments_kernel(RIFORMER_GRID_CONSTANT S
   const int slots = args.merged ? static_cast<int>(args.slots_per_image) : 1;
   const int rows = static_cast<int>(rest < slots * kSlotRows ? rest : slots * kSlotRows);
   const T* const source = static_cast<const T*>(args.x) + (image * args.positions + start) * args.channels + column;
-  const auto place = [&](int row, int piece) {
-    return tiles + (row * kMomentsPieces + (piece ^ (row % 8))) * 16;
-  };
+  const auto place = [&](int row, int piece) { return tiles + (row * kMomentsPieces + (piece ^ (row % 8))) * 16; };
   for (int i = thread_index(); i < rows * kMomentsPieces; i += kMomentsThreads) {
     const int row = i / kMomentsPieces, piece = i % kMomentsPieces;
     if (piece < pieces) copy_async_16(place(row, piece), source + row * args.channels + piece * kPerPiece<T>, true);
@@ -176,8 +176,7 @@ void launch_moments_of(const void* x, int64_t batch, int64_t positions, int64_t 
   const int64_t tiles = merged ? slots : 1, sums = merged ? slots * 2 * kMomentsPieces * kPerPiece<T> * 4 : 0;
   float* const target = slots <= kMostMergedSlots ? moments : partials;
   const int64_t blocks = batch * (merged ? 1 : slots) * groups;
-  launch(slot_moments_kernel<T>,
-         {"moments", blocks, kMomentsThreads, tiles * kMomentsTile + sums, 1, device.stream},
+  launch(slot_moments_kernel<T>, {"moments", blocks, kMomentsThreads, tiles * kMomentsTile + sums, 1, device.stream},
          SlotMomentsArgs{x, target, positions, channels, slots, merged});
   if (target == partials) launch_merge(partials, moments, batch, positions, slots, channels, device);
 }

@@ -71,16 +71,21 @@ void launch_norm_of(const NormArgs& args) {
   // 32 KB of rows, so that GroupNorm's statistics are little beside them and LayerNorm's rows stay in the cache.
   const int64_t fitting = 32768 / (args.channels * static_cast<int64_t>(sizeof(T)));
   const int rows = static_cast<int>(fitting < 8 ? 8 : fitting > kMostNormRows ? kMostNormRows : fitting);
-  const NormKernelArgs kernel{args.x,         args.moments,   args.weight,
-                              args.bias,      args.out,       args.out_dtype,
-                              args.positions, static_cast<int>(args.channels), rows,
-                              args.eps};
-  const Launch how{"norm", args.batch * ceil_divide(args.positions, rows), kNormThreads,
-                   kMostNormRows * static_cast<int64_t>(sizeof(PositionStatistics)) + BlockTeam::kFloats * 4, 1,
+  const NormKernelArgs kernel{args.x,   args.moments,   args.weight,    args.bias,
+                              args.out, args.out_dtype, args.positions, static_cast<int>(args.channels),
+                              rows,     args.eps};
+  const Launch how{"norm",
+                   args.batch * ceil_divide(args.positions, rows),
+                   kNormThreads,
+                   kMostNormRows * static_cast<int64_t>(sizeof(PositionStatistics)) + BlockTeam::kFloats * 4,
+                   1,
                    args.device.stream};
-  if (!args.per_position) launch(norm_kernel<T, 0>, how, kernel);
-  else if (row_form(args.channels, sizeof(T)) == RowForm::narrow) launch(norm_kernel<T, 8>, how, kernel);
-  else launch(norm_kernel<T, 32>, how, kernel);
+  if (!args.per_position)
+    launch(norm_kernel<T, 0>, how, kernel);
+  else if (row_form(args.channels, sizeof(T)) == RowForm::narrow)
+    launch(norm_kernel<T, 8>, how, kernel);
+  else
+    launch(norm_kernel<T, 32>, how, kernel);
 }
 
 inline void launch_norm(const NormArgs& args) {

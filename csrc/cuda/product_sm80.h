@@ -78,8 +78,8 @@ using ProductSums = float[Shape::kRowTiles][Shape::kWarpColumns / 8][4];
 // slots are known, `before(k)` before each stage arrives, `prepare(k, a)` on each operand of 16 of k.
 template <class T, class Shape, RowMode Mode, class Ready, class Before, class Prepare>
 RIFORMER_DEVICE void product(const BlockKernelArgs& args, const ProductTile<Shape>& tile, const void* rows,
-                             const void* weights, int columns, int depth, ProductSums<Shape>& sums,
-                             const Ready& ready, const Before& before, const Prepare& prepare) {
+                             const void* weights, int columns, int depth, ProductSums<Shape>& sums, const Ready& ready,
+                             const Before& before, const Prepare& prepare) {
   const int lane = thread_index() % kWarp;
   int64_t first[Shape::kSlots];
   int count[Shape::kSlots];
@@ -145,7 +145,8 @@ RIFORMER_DEVICE void product(const BlockKernelArgs& args, const ProductTile<Shap
 }
 
 template <class T, class Shape, RowMode Mode>
-RIFORMER_KERNEL(Shape::kThreads, Shape::kBlocks) expand_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
+RIFORMER_KERNEL(Shape::kThreads, Shape::kBlocks)
+expand_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
   const ProductTile<Shape> tile(args.hidden);
   const int lane = thread_index() % kWarp, C = args.channels;
   const SlotPlace& place = tile.places[tile.warp_row / kSlotRows];
@@ -173,7 +174,7 @@ RIFORMER_KERNEL(Shape::kThreads, Shape::kBlocks) expand_kernel(RIFORMER_GRID_CON
         RIFORMER_UNROLL
         for (int step = 0; kAhead && step < Shape::kDepth; step += 16) load_maps(k, step);
       },
-      [&](int k, int step, uint32_t(&a)[Shape::kRowTiles][4]) {
+      [&](int k, int step, uint32_t (&a)[Shape::kRowTiles][4]) {
         if (!kAhead) load_maps(k, step);
         norm_fragments<T>(a, rows, maps[step / 16], k + step + 2 * (lane % 4), C);
       });
@@ -202,13 +203,14 @@ RIFORMER_KERNEL(Shape::kThreads, Shape::kBlocks) expand_kernel(RIFORMER_GRID_CON
 }
 
 template <class T, class Shape, RowMode Mode>
-RIFORMER_KERNEL(Shape::kThreads, Shape::kBlocks) project_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
+RIFORMER_KERNEL(Shape::kThreads, Shape::kBlocks)
+project_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
   const ProductTile<Shape> tile(args.channels);
   const int lane = thread_index() % kWarp, C = args.channels;
   float sums[Shape::kRowTiles][Shape::kWarpColumns / 8][4] = {};
   product<T, Shape, Mode>(
       args, tile, args.between, args.fc2_weight, C, args.hidden, sums, [] {}, [](int) {},
-      [](int, int, uint32_t(&)[Shape::kRowTiles][4]) {});
+      [](int, int, uint32_t (&)[Shape::kRowTiles][4]) {});
 
   const int left = (C - tile.column) / 8, pieces = left < Shape::kPieces ? left : Shape::kPieces;
   RIFORMER_UNROLL

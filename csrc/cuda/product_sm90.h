@@ -34,7 +34,9 @@ template <int Consumers, int Width>
 struct ExpandConfig {
   static constexpr int kThreads = kWarpgroup * (Consumers + 1);
   static constexpr int kPanelBytes = 2 * Width * kPanelDepth;
-  static constexpr int64_t fixed_bytes(int64_t channels) { return kBarrierBytes + int64_t{2} * Consumers * kSlotRows * channels; }
+  static constexpr int64_t fixed_bytes(int64_t channels) {
+    return kBarrierBytes + int64_t{2} * Consumers * kSlotRows * channels;
+  }
 };
 
 template <int Consumers, int Width>

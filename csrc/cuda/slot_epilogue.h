@@ -91,8 +91,7 @@ RIFORMER_DEVICE void slot_moments(const At& at, int rows, int pieces, int warp, 
 // Rows 0 to rows - 1 of `pieces` pieces of 16 bytes to `out`, whose rows are `pitch` bytes apart. Threads that follow
 // each other write pieces that do.
 template <class At>
-RIFORMER_DEVICE void store_slot(const At& at, int rows, int pieces, void* out, int64_t pitch, int thread,
-                                int threads) {
+RIFORMER_DEVICE void store_slot(const At& at, int rows, int pieces, void* out, int64_t pitch, int thread, int threads) {
   for (int i = thread; i < rows * pieces; i += threads) {
     const int row = i / pieces, piece = i - row * pieces;
     store_16(static_cast<unsigned char*>(out) + row * pitch + 16 * piece, load_16(at(row, piece)));

@@ -24,7 +24,9 @@ struct WarpTeam {
 
   RIFORMER_DEVICE float sum(float value) { return lane_sum<kWarp>(value); }
   template <class Value>
-  RIFORMER_DEVICE float once(const Value& value) { return value(); }
+  RIFORMER_DEVICE float once(const Value& value) {
+    return value();
+  }
 };
 
 // A whole block of `size` threads, whole warps. It has two buffers of kFloats / 2, used in turn: whoever writes to one
@@ -184,12 +186,12 @@ template <class T, int Lanes, int Held>
 RIFORMER_DEVICE PositionStatistics position_statistics(const Row<T, Lanes, Held>& row, int channels, float eps) {
   const float first = row.pieces ? to_float(*row.values) : 0.f;
   float sum = 0.f, squares = 0.f;
-  row.each([&](int, const float(&value)[kPerPiece<T>]) {
+  row.each([&](int, const float (&value)[kPerPiece<T>]) {
     RIFORMER_UNROLL
     for (int i = 0; i < kPerPiece<T>; ++i) sum += value[i] - first;
   });
   const float shift = lane_sum<Lanes>(sum) / static_cast<float>(channels);
-  row.each([&](int, const float(&value)[kPerPiece<T>]) {
+  row.each([&](int, const float (&value)[kPerPiece<T>]) {
     RIFORMER_UNROLL
     for (int i = 0; i < kPerPiece<T>; ++i) {
       const float d = (value[i] - first) - shift;
@@ -220,7 +222,9 @@ struct TileShare {
   int span, step, row, piece;
 
   RIFORMER_DEVICE TileShare(int pieces, int threads)
-      : span(pieces < threads ? pieces : threads), step(threads / span), row(thread_index() / span),
+      : span(pieces < threads ? pieces : threads),
+        step(threads / span),
+        row(thread_index() / span),
         piece(thread_index() % span) {}
   RIFORMER_DEVICE bool idle() const { return row >= step; }
 };

@@ -85,7 +85,7 @@ def load_pickle(path: Path) -> Any:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         # Damaged files surface as almost anything: RuntimeError, EOFError, KeyError, struct.error, ...
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             refused = _refused_names(path)
             if isinstance(error, pickle.UnpicklingError) and "builtins.getattr on " in str(error):
                 refused = sorted({*refused, "builtins.getattr"})
@@ -144,7 +144,7 @@ def _globals(data: bytes) -> Iterator[str]:
                     strings.append(argument)
                 end = (at or 0) + 1
         # The tensors' bytes follow the last pickle of the legacy format.
-        except Exception:  # noqa: BLE001
+        except Exception:
             return
         position += end
 

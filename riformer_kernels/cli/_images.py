@@ -167,7 +167,7 @@ def load(path: str, how: Preprocessing) -> np.ndarray:
     except OSError as error:
         raise Unreadable(_reason(error)) from error
     # Damaged files surface as almost anything: SyntaxError, ValueError, struct.error, DecompressionBombError, ...
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise Unreadable(f"damaged, or not an image that Pillow can read ({_reason(error)})") from error
     pixels = np.asarray(image, dtype=np.float32).reshape(how.image_size, how.image_size, how.channels)
     mean, std = (np.asarray(values, dtype=np.float32) for values in (how.mean, how.std))

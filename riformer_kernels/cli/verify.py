@@ -208,7 +208,7 @@ def _print(what: dict[str, Any], results: list[dict[str, Any]], arguments: argpa
     rows = []
     for result in results:
         network = [
-            e for e in result["comparisons"] if e["kind"] == "network" or e["kind"] == "patch" and not e["passed"]
+            e for e in result["comparisons"] if e["kind"] == "network" or (e["kind"] == "patch" and not e["passed"])
         ]
         branches = [entry for entry in result["comparisons"] if entry["kind"] == "branch"]
         worst = sorted(branches, key=lambda entry: (entry["passed"], -entry["rms"]))

@@ -63,7 +63,7 @@ def _head_kernel(
     if PER_POSITION:
         pooled = tl.zeros((BLOCK_C,), tl.float32)
         base = moments + image.to(tl.int64) * tiles * C + c
-        for tile in range(0, tiles):
+        for tile in range(tiles):
             pooled += tl.load(base + tile * C, c < C, 0.0)
         pooled = pooled / positions
     else:

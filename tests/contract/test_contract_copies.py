@@ -8,18 +8,16 @@ import pickle
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import close
 from riformer.model import RIFormer
+from support_paths import ROOT
 from torch import nn
 
 from riformer_kernels import BackendError, backends, patch, unpatch
 from riformer_kernels.fused import CONFIG, FusedBackbone
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_a_deepcopy_uses_its_own_weights(model, make, images, backend, count_ops):
@@ -156,7 +154,7 @@ def test_threads(make, backend):
                 for _ in range(10):
                     if not close(model(batches[index]), expected[index]):
                         wrong.append(index)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             wrong.append(error)
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
@@ -174,7 +172,7 @@ def test_patching_from_several_threads(make, images, backend):
     def work() -> None:
         try:
             patch(model, backend=backend)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             errors.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(6)]

@@ -1,6 +1,6 @@
 """The CUDA backend where there is no GPU: its kernels on the emulator, how it says why it is unusable, how it is chosen.
 
-The emulated tests are in `tests/emulated/`, in processes of their own. What the compiler makes of the kernels is in
+The emulated tests are in `tests/gpu/emulated/`, in processes of their own. What the compiler makes of the kernels is in
 `test_cuda_build.py`, what a GPU computes with them in `test_gpu.py`.
 """
 

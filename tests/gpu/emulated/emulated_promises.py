@@ -66,7 +66,7 @@ def same(found, expected) -> bool:
 
 
 @per_case
-def test_the_order_of_warps_and_copies_changes_no_bit(architecture, case):  # noqa: F811
+def test_the_order_of_warps_and_copies_changes_no_bit(architecture, case):
     x, parameters = arguments_of(case)
     expected = run_block(x, parameters)
     for value in range(1, 5):
@@ -84,7 +84,7 @@ def test_nor_does_it_in_an_embedding(case):
 
 
 @per_case
-def test_an_image_gives_the_same_bits_alone_and_in_a_batch(architecture, case):  # noqa: F811
+def test_an_image_gives_the_same_bits_alone_and_in_a_batch(architecture, case):
     x, parameters = arguments_of(case)
     out, found = run_block(x, parameters)
     for index in range(x.shape[0]):
@@ -114,7 +114,7 @@ def test_so_does_one_that_is_normed_and_classified(norm):
 
 
 @per_case
-def test_in_place_gives_the_bits_of_out_of_place(architecture, case):  # noqa: F811
+def test_in_place_gives_the_bits_of_out_of_place(architecture, case):
     x, parameters = arguments_of(case)
     assert same(run_block_(x, parameters), run_block(x, parameters))
 
@@ -132,7 +132,7 @@ def test_in_place_where_the_kernels_cannot_write(layout):
 
 
 @per_case
-def test_each_form_of_a_block_gives_the_same_bits(architecture, case):  # noqa: F811
+def test_each_form_of_a_block_gives_the_same_bits(architecture, case):
     """How many multiprocessors there are, and how many rows for them, decides between one kernel and two, in tiles for
     many rows or for few. A GPU with one has always many rows, one with 1000 has always few."""
     x, parameters = arguments_of(case)
@@ -163,7 +163,7 @@ def test_every_block_of_the_models_has_kernels(architecture, dtype):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @per_case
-def test_a_bad_image_poisons_itself_alone(architecture, case, value):  # noqa: F811
+def test_a_bad_image_poisons_itself_alone(architecture, case, value):
     x, parameters = arguments_of(case)
     expected, _ = run_block(x, parameters)
     x[1, -1, -1, -1] = value
@@ -184,7 +184,7 @@ def test_a_bad_image_poisons_its_own_scores_alone(norm):
 
 
 @per_case
-def test_nothing_beside_the_arguments_is_used(architecture, case):  # noqa: F811
+def test_nothing_beside_the_arguments_is_used(architecture, case):
     """Arguments between NaN. Results and workspaces lie between guards of the bindings in every test."""
     x, parameters = arguments_of(case)
     around = {key: surrounded(value) for key, value in parameters.items()}
@@ -241,7 +241,7 @@ def tiny(dtype: torch.dtype = torch.float32, **options: object) -> RIFormer:
     ],
     ids=str,
 )
-def test_model(backend, architecture, dtype, norm, deploy, layout, size):  # noqa: F811
+def test_model(backend, architecture, dtype, norm, deploy, layout, size):
     options = {} if norm == "gn" else {"norm": norm}
     model = tiny(dtype, deploy=deploy, num_classes=300, **options).to(memory_format=FORMATS[layout])
     images = torch.randn((2, 3, *size), generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -298,7 +298,7 @@ def test_a_compiled_model_calls_these_ops(backend):
         assert torch.equal(compiled(x), model(x))
 
 
-def test_the_unit_by_itself(backend, architecture):  # noqa: F811
+def test_the_unit_by_itself(backend, architecture):
     case = Block(64, (5, 5), BRAIN, form="unit", hidden=64)
     x, p = arguments_of(case)
     names = ("norm2_weight", "norm2_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")

@@ -164,7 +164,7 @@ def test_block(monkeypatch, fault):
 
 
 @pytest.mark.parametrize("fault", ["", *WIDE_FAULTS])
-def test_wide_block(monkeypatch, force, fault):  # noqa: F811
+def test_wide_block(monkeypatch, force, fault):
     force(choice.BlockChoice(None, *[choice.MatrixTile(16, 32, 16, 4, 2)] * 2))
     if fault:
         WIDE_FAULTS[fault](monkeypatch)

@@ -70,7 +70,7 @@ def test_block_grid(case):
      Block(96, (9, 7), parameters=torch.float32, residual=False)],
     ids=str,
 )  # fmt: skip
-def test_block_in_bfloat16(bfloat16_products, case):  # noqa: F811
+def test_block_in_bfloat16(bfloat16_products, case):
     check_block(run_block, replace(case, dtype=torch.bfloat16, layout="channels_last"))
 
 
@@ -85,7 +85,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize(("case", "chosen"), PATHS, ids=str)
-def test_each_variant_at_widths_that_the_table_gives_to_the_other(force, case, chosen):  # noqa: F811
+def test_each_variant_at_widths_that_the_table_gives_to_the_other(force, case, chosen):
     force(chosen)
     check_block(run_block, case)
 
@@ -162,7 +162,7 @@ def test_embed(case):
     check_embed(run_embed, case)
 
 
-def test_embed_in_bfloat16(bfloat16_products):  # noqa: F811
+def test_embed_in_bfloat16(bfloat16_products):
     check_embed(run_embed, Embed(3, 16, **STEM, size=(33, 32), dtype=torch.bfloat16))
     check_embed(run_embed, Embed(16, 24, **DOWNSAMPLE, dtype=torch.bfloat16, layout="channels_last"))
 

@@ -70,7 +70,7 @@ def test_block_semantics(case):
 
 
 @pytest.mark.parametrize("case", [*GRID, *WHOLE], ids=str)
-def test_block(device, case):  # noqa: F811
+def test_block(device, case):
     check_block(run_block, case)
 
 
@@ -94,21 +94,21 @@ def test_block_where_shared_memory_is_less(architecture, processors, channels):
     ],
     ids=str,
 )
-def test_block_in_place(architecture, case):  # noqa: F811
+def test_block_in_place(architecture, case):
     check_block(run_block_, case)
 
 
 @per_dtype
 @per_norm
 @pytest.mark.parametrize("channels", [24, 208])
-def test_absent_arguments(architecture, dtype, norm, channels):  # noqa: F811
+def test_absent_arguments(architecture, dtype, norm, channels):
     absent = ("fc1_bias", "fc2_bias", "layer_scale_2", "affine_bias")
     check_block(run_block, Block(channels, (5, 5), dtype, norm, absent=absent, batch=1, hidden=40))
 
 
 @per_norm
 @pytest.mark.parametrize("parameters", DTYPES, ids=str)
-def test_parameters_of_another_dtype(architecture, norm, parameters):  # noqa: F811
+def test_parameters_of_another_dtype(architecture, norm, parameters):
     for dtype in set(HALF) - {parameters}:
         check_block(run_block, Block(40, (9, 7), dtype, norm, residual=False, parameters=parameters, hidden=72))
 
@@ -117,7 +117,7 @@ def test_parameters_of_another_dtype(architecture, norm, parameters):  # noqa: F
 @per_norm
 @pytest.mark.parametrize("values", ["small", "mean1000"])
 @pytest.mark.parametrize("channels", [16, 64])
-def test_special_values(device, dtype, norm, values, channels):  # noqa: F811
+def test_special_values(device, dtype, norm, values, channels):
     check_block(run_block, Block(channels, (9, 7), dtype, norm, values=values, residual=False, hidden=64))
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import riformer
 import torch
+from support_paths import ROOT
 from support_riformer import one_thread  # noqa: F401  (a fixture)
 
 import riformer_kernels
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(ROOT / "examples"))
 
 import _digits
 import _measure

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from support_ops import isa_fixture, per_isa  # noqa: F401
+from support_paths import ROOT
 
 from riformer_kernels.backends import cpu
 
-COMMON = Path(__file__).resolve().parent.parent / "csrc" / "common"
+COMMON = ROOT / "csrc" / "common"
 
 
 def gelu_of_kernels(x: torch.Tensor) -> torch.Tensor:

@@ -163,7 +163,7 @@ BLOCK_FAULTS = {
 }
 
 
-def test_no_fault_passes(architecture):  # noqa: F811
+def test_no_fault_passes(architecture):
     assert not caught_by(partial(check_block, run_block), CASES)
 
 

@@ -1,7 +1,7 @@
 """The plain arithmetic of the CUDA kernels, over everything that it can be asked: GELU, how rows and tiles are divided,
 and who holds which element of a matrix instruction.
 
-The programs are `tests/emulated/*.cpp`; they include the kernels' own headers.
+The programs are `tests/gpu/emulated/*.cpp`; they include the kernels' own headers.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from support_paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ("emulator.cpp", "ampere.cpp", "hopper.cpp")
 
 
 def built(source: str, folder: Path, *options: str, root: Path = ROOT) -> Path:
     """A program of `tests/emulated` with the emulator of ``root``."""
     program = folder / source.removesuffix(".cpp")
-    files = [root / "tests" / "emulated" / source, *(root / "csrc" / "emulator" / name for name in EMULATOR)]
+    files = [root / "tests" / "gpu" / "emulated" / source, *(root / "csrc" / "emulator" / name for name in EMULATOR)]
     done = subprocess.run(
         ["g++", "-std=c++17", "-O1", "-DRIFORMER_EMULATED", *options, *map(str, files), "-o", str(program)],
         capture_output=True, text=True,
@@ -127,8 +127,8 @@ def test_layouts_are_those_of_cute(tmp_path, mask):
     text = header.read_text()
     assert text.count("offset >> 3 & 0x70") == 1
     header.write_text(text.replace("offset >> 3 & 0x70", f"offset >> 3 & {mask}"))
-    (tmp_path / "tests" / "emulated").mkdir(parents=True)
-    shutil.copy(ROOT / "tests" / "emulated" / "layouts.cpp", tmp_path / "tests" / "emulated")
+    (tmp_path / "tests" / "gpu" / "emulated").mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "gpu" / "emulated" / "layouts.cpp", tmp_path / "tests" / "gpu" / "emulated")
     found = subprocess.run(
         [str(built("layouts.cpp", tmp_path, *includes(), root=tmp_path))], capture_output=True, text=True, timeout=120
     )

@@ -1,7 +1,7 @@
 """The Triton backend where there is no GPU: its kernels in Triton's interpreter, and how it says why it is unusable.
 
 The interpreted tests run in processes of their own: Triton reads TRITON_INTERPRET when it is first imported.
-`tests/interpreted/` holds them. What the compiler makes of the kernels is in `test_triton_ahead.py`, what a GPU
+`tests/gpu/interpreted/` holds them. What the compiler makes of the kernels is in `test_triton_ahead.py`, what a GPU
 computes with them in `test_gpu.py`.
 """
 
@@ -20,8 +20,7 @@ import riformer_kernels
 from riformer_kernels import BackendError, backends
 from riformer_kernels.backends import _devices, triton
 
-HERE = Path(__file__).resolve().parent
-INTERPRETED = HERE / "interpreted"
+INTERPRETED = Path(__file__).resolve().parent / "interpreted"
 FILES = sorted(INTERPRETED.glob("interpreted_*.py"))
 
 ABSENT = """

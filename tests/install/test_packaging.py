@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support_paths import ROOT
 
 import riformer_kernels
 from riformer_kernels.backends import cpu
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def _library() -> Path:
