@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
+#include <stdexcept>
 
 namespace riformer {
 
@@ -13,11 +15,54 @@ struct f16 {
   uint16_t bits;
 };
 
+// The numbers are part of the interface with Python (riformer_kernels/backends/cuda.py).
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
+// What the kernels ask of an element type. A new dtype is an entry here, one in DType and one in with_dtype.
+template <class T>
+struct ElementTraits;
+template <>
+struct ElementTraits<float> {
+  static constexpr DType kDType = DType::f32;
+  static constexpr const char* kName = "float32";
+};
+template <>
+struct ElementTraits<bf16> {
+  static constexpr DType kDType = DType::bf16;
+  static constexpr const char* kName = "bfloat16";
+};
+template <>
+struct ElementTraits<f16> {
+  static constexpr DType kDType = DType::f16;
+  static constexpr const char* kName = "float16";
+};
+
 // Everything here is static: the same header is compiled for several instruction sets, and a shared copy could be the
-// one that this machine cannot run.
-static inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+// one that this machine cannot run. For the same reason nothing here uses the inline functions of the standard library.
+
+[[noreturn]] static inline void fail_unknown_dtype(DType dtype) {
+  char text[120];
+  std::snprintf(text, sizeof(text),
+                "riformer: dtype %d has no element type; add it to with_dtype (csrc/common/dtypes.h)",
+                static_cast<int>(dtype));
+  throw std::logic_error(text);
+}
+
+// Calls f with a value of the element type that `dtype` names: with_dtype(dtype, [&](auto element) { using T =
+// decltype(element); ... }). The switch has no default, so that the compiler reports a DType without a case.
+template <class F>
+static inline auto with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+  }
+  fail_unknown_dtype(dtype);
+}
+
+static inline int64_t size_of(DType dtype) {
+  return with_dtype(dtype, [](auto element) { return static_cast<int64_t>(sizeof(element)); });
+}
 
 static inline float widen(float value) { return value; }
 static inline float widen(bf16 value) {
