@@ -1,6 +1,7 @@
-// The only file of the CUDA library that knows torch: checks the arguments of the ops, lays out tensors, takes memory
-// from PyTorch's allocator, and starts the kernels on the current stream of the tokens' device. Built on the LibTorch
-// stable ABI. With RIFORMER_EMULATED the same for CPU tensors and the emulator, for the tests.
+// The ops of the CUDA library as PyTorch calls them, and with host.h the only code of it that knows torch. The
+// functions here check the arguments of the ops, lay out tensors, take memory from PyTorch's allocator, and start the
+// kernels on the current stream of the tokens' device. Built on the LibTorch stable ABI. With RIFORMER_EMULATED the
+// same file makes ops on CPU tensors, whose kernels run on the emulator, for the tests.
 #include <string>
 #include <tuple>
 #include <vector>
@@ -16,9 +17,20 @@ using riformer::cuda::served;
 
 constexpr int64_t kAlignment = 16;
 
+// The inverse of dtype_of.
+ScalarType scalar_type_of(DType dtype) {
+  switch (dtype) {
+    case DType::f32: return ScalarType::Float;
+    case DType::bf16: return ScalarType::BFloat16;
+    case DType::f16: return ScalarType::Half;
+  }
+  fail_unknown_dtype(dtype);
+}
+
+// A clone keeps dense strides.
 Tensor aligned(const Tensor& tensor) {
   const bool fits = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment == 0;
-  return fits ? tensor : torch::stable::clone(tensor);  // which keeps dense strides
+  return fits ? tensor : torch::stable::clone(tensor);
 }
 
 Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
@@ -44,25 +56,27 @@ void check_width(int64_t channels, const char* op) {
          " channels, expected a multiple of 8; use backend='reference' for other widths");
 }
 
-// Whether channels are contiguous and rows follow each other. Sizes of 1 may have any stride.
+// Whether the channels of a position are contiguous and the positions follow each other. A dimension of size 1 may have
+// any stride.
 bool is_token_layout(const Tensor& x) {
   const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
   return (c == 1 || x.stride(1) == 1) && (w == 1 || x.stride(3) == c) && (h == 1 || x.stride(2) == w * c) &&
          (x.size(0) == 1 || x.stride(0) == h * w * c);
 }
 
-// [B, C, H, W] as the kernels read it: rows of channels, 16-byte aligned. A copy only where it is not.
+// [B, C, H, W] as the kernels read it: rows of channels, 16-byte aligned. Copied only if x does not lie so.
 Tensor as_tokens(const Tensor& x) {
   return aligned(is_token_layout(x) ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast));
 }
 
-// A result with channels contiguous. Where that is so in both layouts, of one position or of none, with x's strides.
+// A result with contiguous channels. Both memory formats have them where there is one position or none; then the result
+// has the format of x.
 Tensor new_tokens(const Tensor& x, ScalarType dtype) {
   const bool channels_last = is_channels_last(x) || (x.size(2) * x.size(3) != 1 && x.numel() != 0);
   return empty_tokens(x, dtype, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// `result` in the memory format of x; a copy only where that is NCHW.
+// `result` in the memory format of x. Copied only if that is NCHW.
 Tensor in_layout_of(const Tensor& x, const Tensor& result) { return is_channels_last(x) ? result : dense(result); }
 
 // The parameters of a call as the kernels read them; copies stay alive here until the launch.
@@ -75,12 +89,12 @@ class Parameters {
     check_vector(*tensor, count, name);
     return hold(*tensor, name);
   }
-  // In the tokens' dtype, row-major.
+  // A matrix in the tokens' dtype, row-major.
   const void* matrix(const Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
     const bool row_major = check_matrix(tensor, rows, columns, name);
     return converted(row_major ? tensor : torch::stable::contiguous(tensor), name);
   }
-  // [C, Cin, KH, KW] as [C, KH, KW, Cin]; what a model in channels_last has already.
+  // The weight of a convolution [C, Cin, KH, KW], as [C, KH, KW, Cin]. A model in channels_last has it so already.
   const void* taps(const Tensor& tensor, const char* name) {
     const bool in_order = is_token_layout(tensor);
     return converted(in_order ? tensor : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast), name);
@@ -101,10 +115,7 @@ class Parameters {
     }
     held_.push_back(tensor);
     const int64_t count = tensor.numel();
-    const ScalarType to = dtype_ == DType::f32    ? ScalarType::Float
-                          : dtype_ == DType::bf16 ? ScalarType::BFloat16
-                                                  : ScalarType::Half;
-    held_.push_back(torch::stable::empty({count}, to, std::nullopt, tensor.device()));
+    held_.push_back(torch::stable::empty({count}, scalar_type_of(dtype_), std::nullopt, tensor.device()));
     void* out = held_.back().mutable_data_ptr();
     riformer::cuda::convert(call_.device(), tensor.const_data_ptr(), own, out, dtype_, count);
     return out;
@@ -116,7 +127,7 @@ class Parameters {
   std::vector<Tensor> held_;
 };
 
-// Float32 [B, 2, C], contiguous and aligned; undefined with per_position.
+// The moments, contiguous and aligned; undefined with per_position.
 Tensor dense_moments(const OptionalTensor& moments, const Tensor& x, bool per_position) {
   if (per_position) return Tensor();
   check_moments(moments, x);
@@ -128,7 +139,7 @@ const float* data_of(const Tensor& moments) {
   return moments.defined() ? static_cast<const float*>(moments.const_data_ptr()) : nullptr;
 }
 
-// What ops on tokens begin with.
+// Checks tokens and describes them: what every op on tokens begins with.
 template <class Args>
 Args args_on(const Tensor& x, const char* op) {
   check_tokens(x, op);
@@ -206,7 +217,7 @@ std::tuple<Tensor, Tensor> block(const Tensor& x, const OptionalTensor& moments,
   return {in_layout_of(x, out), out_moments};
 }
 
-void block_in_place(Tensor x, OptionalTensor moments, RIFORMER_BLOCK_PARAMETERS) {
+void block_(Tensor x, OptionalTensor moments, RIFORMER_BLOCK_PARAMETERS) {
   check_served(x, "block");
   Call call(x);
   Parameters parameters(call, x, dtype_of(x.scalar_type(), "x"));
@@ -291,17 +302,17 @@ STABLE_TORCH_LIBRARY_IMPL(riformer_cuda, CUDA, library) {
   library.impl("moments", TORCH_BOX(&moments));
   library.impl("embed", TORCH_BOX(&embed));
   library.impl("block", TORCH_BOX(&block));
-  library.impl("block_", TORCH_BOX(&block_in_place));
+  library.impl("block_", TORCH_BOX(&block_));
   library.impl("norm", TORCH_BOX(&norm));
   library.impl("head", TORCH_BOX(&head));
 }
 
-// For Python, through ctypes. Texts stay valid until the calling thread's next call.
+// For Python, through ctypes. A returned text is valid until the calling thread's next call of the same function.
 #define RIFORMER_EXPORT extern "C" __attribute__((visibility("default")))
 
 RIFORMER_EXPORT const char* riformer_cuda_architectures() { return RIFORMER_ARCHITECTURES; }
 
-// What `block` would run, see block_choice, or why nothing; dtype as in DType.
+// Which kernels `block` would run, as block_choice (kernels.h) says it, or why it would run none. `dtype` is a DType.
 RIFORMER_EXPORT const char* riformer_cuda_choice(int64_t batch, int64_t channels, int64_t hidden, int64_t positions,
                                                  int dtype, int architecture, int processors) {
   static thread_local std::string text;

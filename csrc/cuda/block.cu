@@ -1,23 +1,23 @@
-// `block` on the host: which kernels, where their intermediate results lie, and in what order they run.
+// `block` on the host: which kernels run, where their intermediate results lie, and in what order they run.
 #include <algorithm>
 #include <sstream>
 
+#include "block_choice.h"
+#include "block_launch.h"
 #include "block_maps.h"
-#include "choice.h"
-#include "launch_sm80.h"
 #include "moments.h"
 
 namespace riformer::cuda {
 namespace {
 
-// Wasted rows that a pass of its own for the moments is worth: slots that end with their image make 49 of 56 x 56
-// without loss and 13 of 28 x 28 with 6 %; 14 x 14 would lose 31 %, where the pass reads the block's output once more,
-// by the bytes 5 % of the block's time at C = 320.
-constexpr int64_t kMostWasted = 8;  // per cent
+// The share of rows, in per cent, that slots which end with their image may waste. Above that, slots cross images and a
+// kernel of its own takes the moments. 28 x 28 positions waste 6 %; 14 x 14 would waste 31 %, where that kernel costs 5
+// % of the block's time at C = 320, counted in bytes.
+constexpr int64_t kMostWasted = 8;
 
-int64_t slots_per_image(const BlockProblem& problem) {
+int64_t slots_per_image_of(const BlockProblem& problem) {
   if (problem.per_position) return 0;
-  const int64_t slots = slots_of(problem.positions);
+  const int64_t slots = slots_in_image(problem.positions);
   return (slots * kSlotRows - problem.positions) * 100 <= kMostWasted * problem.positions ? slots : 0;
 }
 
@@ -33,14 +33,6 @@ bool narrow_sm90_serves(int64_t channels, int64_t hidden) {
   return channels % 64 == 0 && channels <= 768 && hidden % 64 == 0;
 }
 
-void launch_block_sm80(BlockForm form, DType dtype, const BlockKernelArgs& block, const Device& device) {
-  const bool is_bf16 = dtype == DType::bf16;
-  if (form == BlockForm::fused)
-    (is_bf16 ? launch_fused_sm80<bf16> : launch_fused_sm80<f16>)(block, device);
-  else
-    (is_bf16 ? launch_two_kernels_sm80<bf16> : launch_two_kernels_sm80<f16>)(block, device);
-}
-
 BlockProblem problem_of(const BlockArgs& args) {
   return {args.channels, args.hidden,       args.positions,           args.batch * args.positions,
           args.dtype,    args.per_position, args.device.architecture, args.device.processors};
@@ -48,7 +40,7 @@ BlockProblem problem_of(const BlockArgs& args) {
 
 // Where the intermediate results lie in the workspace, in bytes from its start.
 struct Layout {
-  int64_t maps, statistics, constants, partials, between, bytes;
+  int64_t maps, statistics, constants, partials, hidden_tensor, bytes;
 
   Layout(const BlockArgs& args, const BlockChoice& choice) {
     int64_t end = 0;
@@ -64,7 +56,7 @@ struct Layout {
     const int64_t of_slots = slot_count(rows, args.positions, choice.slots_per_image) * 2 * args.channels;
     const int64_t of_pass = moments_partials_count(args.batch, args.positions, args.channels);
     partials = place(args.per_position ? 0 : 4 * (choice.slots_per_image ? of_slots : of_pass));
-    between = place(choice.form == BlockForm::fused ? 0 : size_of(args.dtype) * rows * args.hidden);
+    hidden_tensor = place(choice.form == BlockForm::fused ? 0 : size_of(args.dtype) * rows * args.hidden);
     bytes = end;
   }
 };
@@ -87,7 +79,7 @@ int expand_splits(int64_t groups, int tiles, int processors) {
   for (int splits = 1; splits <= tiles; ++splits) {
     if (tiles % splits) continue;
     const int64_t waves = (groups * splits + processors - 1) / processors;
-    // The prologue, tokens in and norm, counts as one column tile.
+    // Loading the rows and norming them counts as one column tile.
     const int64_t time = waves * (tiles / splits + 1);
     if (splits == 1 || time < least) {
       least = time;
@@ -98,12 +90,13 @@ int expand_splits(int64_t groups, int tiles, int processors) {
 }
 
 BlockChoice choose_block(const BlockProblem& problem) {
-  const int64_t per_image = slots_per_image(problem);
+  const int64_t per_image = slots_per_image_of(problem);
   if (problem.dtype == DType::f32) return {BlockFamily::float32, BlockForm::pair_wide, per_image};
+  with_16_bit_dtype(problem.dtype, "the block kernels for sm_80 and sm_90", [](auto) {});
   const int64_t slots = slot_count(problem.rows, problem.positions, per_image);
   if (has_sm90() && problem.architecture == 90) {
     if (fused_sm90_serves(problem.channels, problem.hidden)) {
-      // A slot is a warpgroup's, two to four of them a multiprocessor's: with few slots most would be idle.
+      // A multiprocessor takes two to four slots at a time, so with few slots most multiprocessors would be idle.
       const bool few = slots * 2 <= problem.processors;
       const bool narrow = few && narrow_sm90_serves(problem.channels, problem.hidden);
       return {BlockFamily::sm90, narrow ? BlockForm::pair_narrow : BlockForm::fused, per_image};
@@ -113,18 +106,16 @@ BlockChoice choose_block(const BlockProblem& problem) {
       return {BlockFamily::sm90, narrow ? BlockForm::pair_narrow : BlockForm::pair_wide, per_image};
     }
   }
-  const bool fused =
-      fused_serves(problem.channels, problem.hidden) && fused_fills(problem.channels, slots, problem.processors);
+  const bool fused = fused_sm80_serves(problem.channels, problem.hidden) &&
+                     fused_sm80_fills(problem.channels, slots, problem.processors);
   return {BlockFamily::sm80, fused ? BlockForm::fused : BlockForm::pair_wide, per_image};
 }
 
 std::string BlockProblem::text() const {
   std::ostringstream out;
   out << channels << " channels, " << hidden << " hidden, " << positions << " positions, " << rows << " rows of "
-      << (dtype == DType::f32    ? "float32"
-          : dtype == DType::bf16 ? "bfloat16"
-                                 : "float16")
-      << ", " << (per_position ? "LayerNorm" : "GroupNorm") << ", sm_" << architecture << " with " << processors
+      << with_dtype(dtype, [](auto element) { return ElementTraits<decltype(element)>::kName; }) << ", "
+      << (per_position ? "LayerNorm" : "GroupNorm") << ", sm_" << architecture << " with " << processors
       << " multiprocessors";
   return out.str();
 }
@@ -134,10 +125,9 @@ std::string choice_text(const BlockProblem& problem, const BlockChoice& choice) 
   if (choice.family == BlockFamily::float32)
     kernels = describe_block_float32();
   else if (choice.family == BlockFamily::sm80)
-    kernels = choice.form == BlockForm::fused ? describe_fused_sm80(problem.channels)
-                                              : describe_two_kernels_sm80(problem.channels);
+    kernels = describe_block_sm80(choice.form, problem.channels);
   else
-    kernels = describe_block_sm90(choice.form, problem.channels, problem.hidden);
+    kernels = describe_block_sm90(choice.form, problem.dtype, problem.channels, problem.hidden);
   if (problem.per_position) return kernels;
   return kernels + (choice.slots_per_image ? "; moments in the epilogue" : "; moments in a pass of their own");
 }
@@ -165,7 +155,7 @@ void block(const BlockArgs& args) {
   kernel.fc1_weight = args.fc1_weight;
   kernel.fc2_weight = args.fc2_weight;
   kernel.partials = choice.slots_per_image ? floats(layout.partials) : nullptr;
-  kernel.between = workspace + layout.between;
+  kernel.hidden_tensor = workspace + layout.hidden_tensor;
   kernel.rows = problem.rows;
   kernel.positions = args.positions;
   kernel.slots_per_image = choice.slots_per_image;

@@ -17,7 +17,7 @@
 #include "block_args.h"
 #include "gelu.h"
 #include "launch.h"
-#include "launch_sm80.h"
+#include "block_launch.h"
 #include "slot_epilogue.h"
 
 namespace riformer::cuda::float32 {
@@ -44,8 +44,8 @@ struct Tile {
 
   RIFORMER_DEVICE Tile(const BlockKernelArgs& args, int64_t columns) {
     const int64_t across = (columns + kColumns - 1) / kColumns;
-    slot = block_index() / across;
-    column = static_cast<int>(block_index() - slot * across) * kColumns;
+    slot = thread_block_index() / across;
+    column = static_cast<int>(thread_block_index() - slot * across) * kColumns;
     rows = slot_at(slot, args.rows, args.positions, args.slots_per_image);
   }
 };
@@ -88,7 +88,7 @@ RIFORMER_DEVICE void product(const Tile& tile, const Load& load, const float* we
   RIFORMER_NO_UNROLL
   for (int k = 0; k < depth; k += kDepth) {
     copy_async_wait<0>();
-    sync_block();
+    sync_thread_block();
     const float* const stage = shared + current * kStageFloats;
     float* const other = shared + (1 - current) * kStageFloats;
     if (k + kDepth < depth) fetch(k + kDepth, other);
@@ -119,7 +119,7 @@ RIFORMER_DEVICE void product(const Tile& tile, const Load& load, const float* we
     if (k + kDepth < depth) put(other);
     current = 1 - current;
   }
-  sync_block();  // the stages are free
+  sync_thread_block();  // the stages are free
 }
 
 template <bool PerPosition>
@@ -160,21 +160,21 @@ expand_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
     for (int i = 0; i < kRowsOfThread; ++i)
       out[(thread / 8 + 16 * i) * kOutPitch + column] = gelu<float>(sums[i][j] + bias);
   }
-  sync_block();
+  sync_thread_block();
   const int left = args.hidden - tile.column;
   store_slot([&](int row, int piece) { return out + row * kOutPitch + 4 * piece; }, tile.rows.rows,
              (left < kColumns ? left : kColumns) / 4,
-             static_cast<float*>(args.between) + tile.rows.first * args.hidden + tile.column,
+             static_cast<float*>(args.hidden_tensor) + tile.rows.first * args.hidden + tile.column,
              4 * static_cast<int64_t>(args.hidden), thread, kThreads);
 }
 
 RIFORMER_KERNEL(kThreads, 3) project_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
   const Tile tile(args, args.channels);
   const int C = args.channels, thread = thread_index();
-  const auto* const between = static_cast<const float*>(args.between) + tile.rows.first * args.hidden;
+  const auto* const hidden_tensor = static_cast<const float*>(args.hidden_tensor) + tile.rows.first * args.hidden;
   Sums sums = {};
   const auto load = [&](int, int row, int k) {
-    return load_four(between + static_cast<int64_t>(row) * args.hidden + k);
+    return load_four(hidden_tensor + static_cast<int64_t>(row) * args.hidden + k);
   };
   product(tile, load, static_cast<const float*>(args.fc2_weight), C, args.hidden, sums);
 
@@ -196,7 +196,7 @@ RIFORMER_KERNEL(kThreads, 3) project_kernel(RIFORMER_GRID_CONSTANT BlockKernelAr
                    maps[C + tile.column + column], sums[i][j], scales[column], scales[C + column], args.residual);
     }
   }
-  sync_block();
+  sync_thread_block();
   const auto at = [&](int row, int piece) { return out + row * kOutPitch + 4 * piece; };
   const int left = C - tile.column, pieces = (left < kColumns ? left : kColumns) / 4;
   store_slot(at, tile.rows.rows, pieces, static_cast<float*>(args.out) + tile.rows.first * C + tile.column,

@@ -23,7 +23,7 @@ inline int64_t statistics_count(const BlockArgs& args) {
 inline int64_t constants_count(const BlockArgs& args) { return args.hidden + 2 * args.channels; }
 
 constexpr int kMapThreads = 256;
-constexpr int64_t kConstantsPerBlock = 4 * kMapThreads;
+constexpr int64_t kConstantsPerThreadBlock = 4 * kMapThreads;
 
 struct PrepareArgs {
   const float* moments;  // [B, 2, C]; null with LayerNorm
@@ -47,17 +47,18 @@ RIFORMER_DEVICE float constant_at(const PrepareArgs& args, int64_t index) {
 }
 
 // The maps: a block per image, each thread every 256th channel; behind the images come the blocks that write the
-// constants. Shared memory: the 64 floats of BlockTeam. It reads 8 bytes and writes 20 per image and channel, a seventh
-// of what the block's own 16-bit tokens move at 7 x 7 and a 450th at 56 x 56, so its latency matters and not its bytes.
-// What a pass needs of an earlier one, its own thread reads back from `maps`: the only barriers are those of the sums.
+// constants. Shared memory: the 64 floats of ThreadBlockTeam. It reads 8 bytes and writes 20 per image and channel, a
+// seventh of what the block's own 16-bit tokens move at 7 x 7 and a 450th at 56 x 56, so its latency matters and not
+// its bytes. What a pass needs of an earlier one, its own thread reads back from `maps`: the only barriers are those of
+// the sums.
 template <bool PerPosition>
 RIFORMER_KERNEL(kMapThreads, 2)
 prepare_kernel(RIFORMER_GRID_CONSTANT PrepareArgs args) {
-  const int64_t image = block_index();
+  const int64_t image = thread_block_index();
   if (image >= args.images) {
     const int64_t all = args.hidden + 2 * static_cast<int64_t>(args.channels);
-    const int64_t begin = (image - args.images) * kConstantsPerBlock + thread_index();
-    for (int64_t i = begin; i < begin + kConstantsPerBlock && i < all; i += kMapThreads)
+    const int64_t begin = (image - args.images) * kConstantsPerThreadBlock + thread_index();
+    for (int64_t i = begin; i < begin + kConstantsPerThreadBlock && i < all; i += kMapThreads)
       args.constants[i] = constant_at(args, i);
     return;
   }
@@ -87,7 +88,7 @@ prepare_kernel(RIFORMER_GRID_CONSTANT PrepareArgs args) {
   }
   if (PerPosition) return;
 
-  BlockTeam team{reinterpret_cast<float*>(shared_memory()), kMapThreads};
+  ThreadBlockTeam team{reinterpret_cast<float*>(shared_memory()), kMapThreads};
   const float* const moments = args.moments + image * 2 * channels;
   const auto mean = [&](int c) { return moments[c]; };
   const auto centred = [&](int c) { return moments[channels + c]; };
@@ -130,7 +131,7 @@ constexpr int kPositionThreads = 256;
 template <class T, int Lanes, int Held>
 RIFORMER_KERNEL(kPositionThreads, 2)
 position_kernel(RIFORMER_GRID_CONSTANT PositionArgs args) {
-  const int64_t row = block_index() * (kPositionThreads / Lanes) + thread_index() / Lanes;
+  const int64_t row = thread_block_index() * (kPositionThreads / Lanes) + thread_index() / Lanes;
   const bool inside = row < args.rows;
   const int channels = args.channels;
   const Row<T, Lanes, Held> x(static_cast<const T*>(args.x) + (inside ? row : 0) * channels,
@@ -174,8 +175,8 @@ position_kernel(RIFORMER_GRID_CONSTANT PositionArgs args) {
 template <class T>
 void launch_positions(const PositionArgs& args, const Device& device) {
   const auto start = [&](auto kernel, int lanes) {
-    const int64_t blocks = ceil_divide(args.rows, kPositionThreads / lanes);
-    launch(kernel, {"position statistics", blocks, kPositionThreads, 0, 1, device.stream}, args);
+    const int64_t thread_blocks = ceil_divide(args.rows, kPositionThreads / lanes);
+    launch(kernel, {"position statistics", thread_blocks, kPositionThreads, 0, 1, device.stream}, args);
   };
   const RowForm form = row_form(args.channels, sizeof(T));
   if (form == RowForm::narrow) start(position_kernel<T, 8, 5>, 8);
@@ -185,6 +186,9 @@ void launch_positions(const PositionArgs& args, const Device& device) {
 
 // The buffers are as the counts above say, 16-byte aligned; `statistics` is written with per_position alone.
 inline void launch_block_maps(const BlockArgs& args, float* maps, float* statistics, float* constants) {
+  check_dtypes({args.layer_scale_1.dtype, args.norm1_weight.dtype, args.norm1_bias.dtype, args.affine_weight.dtype,
+                args.affine_bias.dtype, args.norm2_weight.dtype, args.norm2_bias.dtype, args.fc1_bias.dtype,
+                args.fc2_bias.dtype, args.layer_scale_2.dtype});
   const int64_t images = args.per_position ? 1 : args.batch;
   const PrepareArgs prepare{args.moments,
                             maps,
@@ -206,18 +210,16 @@ inline void launch_block_maps(const BlockArgs& args, float* maps, float* statist
                             args.eps1,
                             args.eps2};
   const Launch how{"block maps",
-                   images + ceil_divide(constants_count(args), kConstantsPerBlock),
+                   images + ceil_divide(constants_count(args), kConstantsPerThreadBlock),
                    kMapThreads,
-                   BlockTeam::kFloats * 4,
+                   ThreadBlockTeam::kFloats * 4,
                    1,
                    args.device.stream};
   launch(args.per_position ? prepare_kernel<true> : prepare_kernel<false>, how, prepare);
   if (!args.per_position) return;
   const PositionArgs positions{
       args.x, maps, statistics, args.batch * args.positions, static_cast<int>(args.channels), args.eps1, args.eps2};
-  if (args.dtype == DType::f32) launch_positions<float>(positions, args.device);
-  if (args.dtype == DType::bf16) launch_positions<bf16>(positions, args.device);
-  if (args.dtype == DType::f16) launch_positions<f16>(positions, args.device);
+  with_dtype(args.dtype, [&](auto element) { launch_positions<decltype(element)>(positions, args.device); });
 }
 
 }  // namespace riformer::cuda

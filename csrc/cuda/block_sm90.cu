@@ -1,29 +1,29 @@
-// The block's kernels for Hopper (sm_90a) and their launchers. Code for sm_90a runs on no other GPU.
-#include "block_sm90.h"
-
+// The block's kernels for Hopper (sm_90a), and how they are started. Code for sm_90a runs on no other GPU.
 #include <algorithm>
 
-#include "choice.h"
-#include "product_sm90.h"
+#include "block_choice.h"
+#include "block_fused_sm90.h"
+#include "block_launch.h"
+#include "block_pair_sm90.h"
 #include "tensor_map.h"
 
 namespace riformer::cuda {
 namespace {
 
-// tensor_map has checked that rows fit 32 bits.
-int slots_of(const BlockKernelArgs& block) {
+// The count fits 32 bits, because tensor_map has checked that the number of rows does.
+int slot_count_of(const BlockKernelArgs& block) {
   return static_cast<int>(slot_count(block.rows, block.positions, block.slots_per_image));
 }
 
 template <class T, int C>
 void launch_fused(const BlockKernelArgs& block, const Device& device) {
-  using Config = FusedConfig<C>;
+  using Config = FusedConfig<T, C>;
   FusedArgs args{};
   args.block = block;
-  args.x = tensor_map<T>(block.x, block.rows, C, kSlotRows, Config::kBlock);
-  args.fc1 = tensor_map<T>(block.fc1_weight, block.hidden, C, Config::kChunk / Config::kCluster, Config::kBlock);
+  args.x = tensor_map<T>(block.x, block.rows, C, kSlotRows, Config::kStrip);
+  args.fc1 = tensor_map<T>(block.fc1_weight, block.hidden, C, Config::kChunk / Config::kCluster, Config::kStrip);
   args.fc2 = tensor_map<T>(block.fc2_weight, C, block.hidden, C / Config::kCluster, Config::kChunk);
-  args.slots = slots_of(block);
+  args.slots = slot_count_of(block);
   args.stages = Config::stages(block.hidden);
   args.resident = Config::resident(block.hidden);
   const int64_t per_cluster = Config::kConsumers * Config::kCluster;
@@ -37,12 +37,12 @@ void launch_fused(const BlockKernelArgs& block, const Device& device) {
 
 template <class T, int Consumers, int Width>
 void launch_expand(const BlockKernelArgs& block, const Device& device) {
-  using Config = ExpandConfig<Consumers, Width>;
-  ProductArgs args{};
+  using Config = ExpandConfig<T, Consumers, Width>;
+  PairArgs args{};
   args.block = block;
-  args.tokens = tensor_map<T>(block.x, block.rows, block.channels, kSlotRows, kPanelDepth);
-  args.weight = tensor_map<T>(block.fc1_weight, block.hidden, block.channels, Width, kPanelDepth);
-  args.slots = slots_of(block);
+  args.tokens = tensor_map<T>(block.x, block.rows, block.channels, kSlotRows, kPanelDepth<T>);
+  args.weight = tensor_map<T>(block.fc1_weight, block.hidden, block.channels, Width, kPanelDepth<T>);
+  args.slots = slot_count_of(block);
   const int64_t groups = (args.slots + Consumers - 1) / Consumers;
   const int tiles = block.hidden / Width, splits = expand_splits(groups, tiles, device.processors);
   args.column_tiles = tiles / splits;
@@ -56,13 +56,13 @@ void launch_expand(const BlockKernelArgs& block, const Device& device) {
 
 template <class T, int Consumers, int Width>
 void launch_project(const BlockKernelArgs& block, const Device& device) {
-  using Config = ProjectConfig<Consumers, Width>;
-  ProductArgs args{};
+  using Config = ProjectConfig<T, Consumers, Width>;
+  PairArgs args{};
   args.block = block;
-  args.tokens = tensor_map<T>(block.x, block.rows, block.channels, kSlotRows, Config::kBlock);
-  args.rows = tensor_map<T>(block.between, block.rows, block.hidden, kSlotRows, kPanelDepth);
-  args.weight = tensor_map<T>(block.fc2_weight, block.channels, block.hidden, Width, kPanelDepth);
-  args.slots = slots_of(block);
+  args.tokens = tensor_map<T>(block.x, block.rows, block.channels, kSlotRows, Config::kStrip);
+  args.hidden_tensor = tensor_map<T>(block.hidden_tensor, block.rows, block.hidden, kSlotRows, kPanelDepth<T>);
+  args.weight = tensor_map<T>(block.fc2_weight, block.channels, block.hidden, Width, kPanelDepth<T>);
+  args.slots = slot_count_of(block);
   args.column_tiles = 1;
   args.stages = ring_stages(Config::kFixedBytes, Config::kPanelBytes);
   const int64_t groups = (args.slots + Consumers - 1) / Consumers;
@@ -94,9 +94,9 @@ void launch_block(BlockForm form, const BlockKernelArgs& block, const Device& de
   }
 }
 
-template <int C>
+template <class T, int C>
 std::string describe_fused(int64_t hidden) {
-  using Config = FusedConfig<C>;
+  using Config = FusedConfig<T, C>;
   return "fused_sm90: " + std::to_string(Config::kConsumers) + " warpgroups of 64 rows, " +
          std::to_string(Config::kChunk) + " hidden channels at a time, " + std::to_string(Config::stages(hidden)) +
          " panels " + (Config::resident(hidden) ? "that stay" : "in a ring") + ", clusters of " +
@@ -104,27 +104,34 @@ std::string describe_fused(int64_t hidden) {
          " bytes of shared memory";
 }
 
-}  // namespace
-
-std::string describe_block_sm90(BlockForm form, int64_t channels, int64_t hidden) {
+template <class T>
+std::string describe_block(BlockForm form, int64_t channels, int64_t hidden) {
   if (form == BlockForm::pair_wide) return "expand_sm90 and project_sm90: 2 warpgroups of 64 rows x 128 columns";
   if (form == BlockForm::pair_narrow)
     return "expand_sm90 (64 rows x 64 columns) and project_sm90 (64 rows x 32 columns)";
   switch (channels) {
-    case 64: return describe_fused<64>(hidden);
-    case 96: return describe_fused<96>(hidden);
-    case 128: return describe_fused<128>(hidden);
-    case 192: return describe_fused<192>(hidden);
-    case 320: return describe_fused<320>(hidden);
-    default: return describe_fused<384>(hidden);
+    case 64: return describe_fused<T, 64>(hidden);
+    case 96: return describe_fused<T, 96>(hidden);
+    case 128: return describe_fused<T, 128>(hidden);
+    case 192: return describe_fused<T, 192>(hidden);
+    case 320: return describe_fused<T, 320>(hidden);
+    default: return describe_fused<T, 384>(hidden);
   }
 }
 
+constexpr const char* kKernels = "the block kernels for sm_90";
+
+}  // namespace
+
+std::string describe_block_sm90(BlockForm form, DType dtype, int64_t channels, int64_t hidden) {
+  std::string text;
+  with_16_bit_dtype(dtype, kKernels,
+                    [&](auto element) { text = describe_block<decltype(element)>(form, channels, hidden); });
+  return text;
+}
+
 void launch_block_sm90(BlockForm form, DType dtype, const BlockKernelArgs& block, const Device& device) {
-  if (dtype == DType::bf16)
-    launch_block<bf16>(form, block, device);
-  else
-    launch_block<f16>(form, block, device);
+  with_16_bit_dtype(dtype, kKernels, [&](auto element) { launch_block<decltype(element)>(form, block, device); });
 }
 
 }  // namespace riformer::cuda

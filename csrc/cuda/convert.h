@@ -19,7 +19,7 @@ struct ConvertArgs {
 template <class From, class To>
 RIFORMER_KERNEL(kConvertThreads, 4)
 convert_kernel(RIFORMER_GRID_CONSTANT ConvertArgs args) {
-  const int64_t first = (block_index() * kConvertThreads + thread_index()) * kConvertValues;
+  const int64_t first = (thread_block_index() * kConvertThreads + thread_index()) * kConvertValues;
   const From* const from = static_cast<const From*>(args.from) + first;
   To* const to = static_cast<To*>(args.to) + first;
   if (args.aligned && first + kConvertValues <= args.count) {
@@ -37,23 +37,17 @@ convert_kernel(RIFORMER_GRID_CONSTANT ConvertArgs args) {
   for (int i = 0; i < kConvertValues && first + i < args.count; ++i) to[i] = from_float<To>(to_float(from[i]));
 }
 
-template <class From>
-void launch_convert_of(const Device& device, DType to, const ConvertArgs& args) {
-  const Launch how{
-      "convert",    ceil_divide(args.count, int64_t{kConvertThreads} * kConvertValues), kConvertThreads, 0, 1,
-      device.stream};
-  if (to == DType::f32) launch(convert_kernel<From, float>, how, args);
-  if (to == DType::bf16) launch(convert_kernel<From, bf16>, how, args);
-  if (to == DType::f16) launch(convert_kernel<From, f16>, how, args);
-}
-
 inline void launch_convert(const Device& device, const void* from, DType from_dtype, void* to, DType to_dtype,
                            int64_t count) {
   const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0;
   const ConvertArgs args{from, to, count, aligned};
-  if (from_dtype == DType::f32) launch_convert_of<float>(device, to_dtype, args);
-  if (from_dtype == DType::bf16) launch_convert_of<bf16>(device, to_dtype, args);
-  if (from_dtype == DType::f16) launch_convert_of<f16>(device, to_dtype, args);
+  const int64_t thread_blocks = ceil_divide(count, int64_t{kConvertThreads} * kConvertValues);
+  const Launch how{"convert", thread_blocks, kConvertThreads, 0, 1, device.stream};
+  with_dtype(from_dtype, [&](auto from_element) {
+    with_dtype(to_dtype, [&](auto to_element) {
+      launch(convert_kernel<decltype(from_element), decltype(to_element)>, how, args);
+    });
+  });
 }
 
 }  // namespace riformer::cuda

@@ -1,11 +1,12 @@
-// The machine as the kernels see it: threads, barriers, shared memory, copies, matrix instructions of sm_80.
+// The machine as the kernels see it: threads, barriers, shared memory, copies and the matrix instructions of sm_80.
+// What sm_90a adds is in hopper.h.
 //
-// Kernels use these functions and no CUDA of their own, so that the same source compiles twice: by nvcc into PTX, and
-// by a C++ compiler onto the emulator (csrc/emulator), which runs it thread by thread on the CPU. What no GPU has run
-// has then still run, all but the instructions themselves.
+// Every function here has two forms: PTX for nvcc, and a call of the emulator (csrc/emulator) for a C++ compiler.
+// Kernels use these functions and no CUDA of their own. So the same source runs on a GPU and, thread by thread, on the
+// CPU, where everything is tested but the instructions themselves.
 //
-// PTX is written here rather than taken from CuTe: the emulator has to replace each instruction, which it could not do
-// inside CuTe's atoms, and these few functions compile in a second where CuTe's headers take half a minute per kernel.
+// The PTX is written here and not taken from CuTe for two reasons. The emulator has to replace each instruction, which
+// it could not do inside CuTe. And CuTe's headers add half a minute to the compilation of every kernel.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +19,9 @@
 #if defined(__CUDACC__)
 #define RIFORMER_DEVICE __device__ __forceinline__
 #define RIFORMER_HOST_DEVICE __host__ __device__ __forceinline__
-// `threads`: of a thread block; `blocks`: how many of them one multiprocessor is to hold, which bounds the registers.
-#define RIFORMER_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// `threads`: of a thread block. `per_multiprocessor`: how many thread blocks have to fit on one multiprocessor at a
+// time, which limits the registers of a thread.
+#define RIFORMER_KERNEL(threads, per_multiprocessor) __global__ void __launch_bounds__(threads, per_multiprocessor)
 #define RIFORMER_GRID_CONSTANT const __grid_constant__
 #define RIFORMER_UNROLL _Pragma("unroll")
 #define RIFORMER_NO_UNROLL _Pragma("unroll 1")
@@ -27,7 +29,7 @@
 #include "../emulator/emulator.h"
 #define RIFORMER_DEVICE inline
 #define RIFORMER_HOST_DEVICE inline
-#define RIFORMER_KERNEL(threads, blocks) void
+#define RIFORMER_KERNEL(threads, per_multiprocessor) void
 #define RIFORMER_GRID_CONSTANT const
 #define RIFORMER_UNROLL
 #define RIFORMER_NO_UNROLL
@@ -37,16 +39,22 @@ namespace riformer::cuda {
 
 constexpr int kWarp = 32;
 
-// 16 bytes, moved as one.
+template <class T>
+constexpr int kElementBytes = static_cast<int>(sizeof(T));
+
+// A piece: 16 bytes of a row, which one instruction loads, stores or copies. Everywhere in csrc/cuda "piece" means
+// this.
 struct alignas(16) Vec16 {
   uint32_t word[4];
 };
+template <class T>
+constexpr int kPerPiece = 16 / kElementBytes<T>;
 
 #if defined(__CUDACC__)
 
 RIFORMER_DEVICE int thread_index() { return threadIdx.x; }
-RIFORMER_DEVICE int64_t block_index() { return blockIdx.x; }
-RIFORMER_DEVICE int64_t block_count() { return gridDim.x; }
+RIFORMER_DEVICE int64_t thread_block_index() { return blockIdx.x; }
+RIFORMER_DEVICE int64_t thread_block_count() { return gridDim.x; }
 RIFORMER_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char riformer_shared[];
   return riformer_shared;
@@ -55,47 +63,42 @@ RIFORMER_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-RIFORMER_DEVICE void sync_block() { __syncthreads(); }
+RIFORMER_DEVICE void sync_thread_block() { __syncthreads(); }
 RIFORMER_DEVICE void sync_warp() { __syncwarp(); }
-// Barrier `id` (1 to 15) among `threads` threads, whole warps.
+// Barrier `id` (1 to 15) among `threads` threads of the thread block, which are whole warps.
 RIFORMER_DEVICE void sync_named(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 RIFORMER_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 RIFORMER_DEVICE int shuffle_xor(int value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
-// 16 bytes of global memory to shared memory, asynchronously; zeros where not `valid` (nothing is then read).
+// Starts the copy of a piece from global to shared memory. If not `valid`, zeros are written and nothing is read.
 RIFORMER_DEVICE void copy_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
 }
 RIFORMER_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most `Pending` of this thread's groups are under way.
+// Waits until at most `Pending` groups of this thread's copies are still under way.
 template <int Pending>
 RIFORMER_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8. In matrix i, lane l gets
-// the two values at row l / 4, columns 2 (l % 4) and the next; transposed: of the transposed matrix.
+// Loads four 8 x 8 matrices of 16-bit values (PTX: ldmatrix.x4). Lane l gives the address of row l % 8 of matrix l / 8.
+// Of each matrix lane l receives row l / 4, columns 2 (l % 4) and 2 (l % 4) + 1.
 RIFORMER_DEVICE void load_matrix_x4(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "r"(shared_address(row))
                : "memory");
 }
-RIFORMER_DEVICE void load_matrix_x4_transposed(uint32_t (&out)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
 
-// d += a b over 16 x 8 x 16, float32 sums. Lane l holds of d: rows l / 4 (d[0], d[1]) and l / 4 + 8 (d[2], d[3]),
-// columns 2 (l % 4) and the next; of a (16 x 16): a[0] rows l / 4, k 2 (l % 4) and the next, a[1] the same 8 rows
-// below, a[2] and a[3] the same 8 k further; of b (16 x 8): b[0] k 2 (l % 4) and the next, column l / 4, b[1] 8 k
-// further.
+// d (16 x 8) += a (16 x 16) b (16 x 8), sums in float32, by one warp. The fragments of lane l are those of the PTX
+// manual, "Matrix Fragments for mma.m16n8k16". With g = l / 4 and i = 2 (l % 4):
+//   d[0], d[1]: row g, columns i and i + 1.   d[2], d[3]: row g + 8, the same columns.
+//   a[0]: row g, k = i and i + 1.   a[1]: row g + 8.   a[2] and a[3]: like a[0] and a[1] with k + 8.
+//   b[0]: column g, k = i and i + 1.   b[1]: the same with k + 8.
 template <class T>
 RIFORMER_DEVICE void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 template <>
@@ -117,14 +120,14 @@ RIFORMER_DEVICE void multiply_16x8x16<f16>(float (&d)[4], const uint32_t (&a)[4]
 
 RIFORMER_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
-// `value`, of which the compiler knows nothing any more: what depends on it stays where it is used, instead of being
-// computed once outside a loop and kept in registers that the loop needs.
+// Returns `value` and hides from the compiler where it came from. What depends on it is then computed where it is used,
+// and not once before a loop, where it would occupy registers that the loop needs.
 RIFORMER_DEVICE int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
 }
 
-// Two values of T in a word, the first in the low half; round to nearest even.
+// Two 16-bit values of T in a word, the first in the low half; round to nearest even.
 template <class T>
 RIFORMER_DEVICE uint32_t pack(float low, float high);
 template <>
@@ -139,6 +142,7 @@ RIFORMER_DEVICE uint32_t pack<f16>(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
   return out;
 }
+// The value whose 16 bits are the low half of `bits`.
 template <class T>
 RIFORMER_DEVICE float unpack_one(uint32_t bits);
 template <>
@@ -155,11 +159,11 @@ RIFORMER_DEVICE float unpack_one<f16>(uint32_t bits) {
 #else
 
 RIFORMER_DEVICE int thread_index() { return emulator::thread_index(); }
-RIFORMER_DEVICE int64_t block_index() { return emulator::block_index(); }
-RIFORMER_DEVICE int64_t block_count() { return emulator::block_count(); }
+RIFORMER_DEVICE int64_t thread_block_index() { return emulator::thread_block_index(); }
+RIFORMER_DEVICE int64_t thread_block_count() { return emulator::thread_block_count(); }
 RIFORMER_DEVICE unsigned char* shared_memory() { return emulator::shared_memory(); }
 RIFORMER_DEVICE uint32_t shared_address(const void* pointer) { return emulator::shared_address(pointer); }
-RIFORMER_DEVICE void sync_block() { emulator::sync_block(); }
+RIFORMER_DEVICE void sync_thread_block() { emulator::sync_thread_block(); }
 RIFORMER_DEVICE void sync_warp() { emulator::sync_warp(); }
 RIFORMER_DEVICE void sync_named(int id, int threads) { emulator::sync_named(id, threads); }
 RIFORMER_DEVICE float shuffle_xor(float value, int mask) { return emulator::shuffle_xor(value, mask); }
@@ -178,13 +182,10 @@ template <int Pending>
 RIFORMER_DEVICE void copy_async_wait() {
   emulator::copy_async_wait(Pending);
 }
-RIFORMER_DEVICE void load_matrix_x4(uint32_t (&out)[4], const void* row) { emulator::load_matrix_x4(out, row, false); }
-RIFORMER_DEVICE void load_matrix_x4_transposed(uint32_t (&out)[4], const void* row) {
-  emulator::load_matrix_x4(out, row, true);
-}
+RIFORMER_DEVICE void load_matrix_x4(uint32_t (&out)[4], const void* row) { emulator::load_matrix_x4(out, row); }
 template <class T>
 RIFORMER_DEVICE void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulator::multiply_16x8x16(d, a, b, sizeof(T) == 2 && std::is_same<T, bf16>::value);
+  emulator::multiply_16x8x16(d, a, b, ElementTraits<T>::kDType);
 }
 RIFORMER_DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 RIFORMER_DEVICE int opaque(int value) { return value; }
@@ -211,12 +212,13 @@ RIFORMER_DEVICE float unpack_high(uint32_t word) {
   return unpack_one<T>(word >> 16);
 }
 
-// Single values, whatever the type; what kernels of few operations use.
+// Single values of any element type, for kernels that do little arithmetic.
 RIFORMER_DEVICE float to_float(float value) { return value; }
 RIFORMER_DEVICE float to_float(bf16 value) { return unpack_one<bf16>(value.bits); }
 RIFORMER_DEVICE float to_float(f16 value) { return unpack_one<f16>(value.bits); }
 template <class T>
 RIFORMER_DEVICE T from_float(float value) {
+  static_assert(sizeof(T) == 2, "pack() makes 16-bit values");
   return T{static_cast<uint16_t>(pack<T>(value, 0.f))};
 }
 template <>
@@ -224,7 +226,8 @@ RIFORMER_DEVICE float from_float<float>(float value) {
   return value;
 }
 
-// Typed, since a memcpy from an address whose alignment is unknown becomes a load per byte.
+// Loads and stores of a known alignment. A memcpy would not do: where the compiler does not know the alignment it loads
+// byte by byte.
 struct alignas(8) Pair {
   float value[2];
 };
@@ -234,10 +237,26 @@ RIFORMER_DEVICE void store_word(void* address, uint32_t word) { *static_cast<uin
 RIFORMER_DEVICE Vec16 load_16(const void* address) { return *static_cast<const Vec16*>(address); }
 RIFORMER_DEVICE void store_16(void* address, const Vec16& value) { *static_cast<Vec16*>(address) = value; }
 
+// with_dtype (csrc/common/dtypes.h) for device code: calls f with a value of the element type that `dtype` names. A
+// kernel cannot fail on an unknown dtype, so launchers check what they pass on (check_dtypes in launch.h).
+template <class F>
+RIFORMER_DEVICE auto with_dtype_on_device(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+  }
+#if defined(__CUDACC__)
+  __builtin_unreachable();
+#else
+  fail_unknown_dtype(dtype);
+#endif
+}
+
 RIFORMER_DEVICE float load_parameter(const Parameter& parameter, int64_t index) {
-  if (parameter.dtype == DType::f32) return static_cast<const float*>(parameter.data)[index];
-  const uint32_t bits = static_cast<const uint16_t*>(parameter.data)[index];
-  return parameter.dtype == DType::bf16 ? unpack_one<bf16>(bits) : unpack_one<f16>(bits);
+  return with_dtype_on_device(parameter.dtype, [&](auto element) {
+    return to_float(static_cast<const decltype(element)*>(parameter.data)[index]);
+  });
 }
 
 }  // namespace riformer::cuda

@@ -18,7 +18,7 @@ template <class T>
 RIFORMER_KERNEL(kArrangeThreads, 1)
 arrange_weight_kernel(RIFORMER_GRID_CONSTANT ArrangeWeightArgs args) {
   constexpr int kValues = kPerPiece<T>;
-  const int64_t at = block_index() * kArrangeThreads + thread_index();
+  const int64_t at = thread_block_index() * kArrangeThreads + thread_index();
   if (at >= args.pieces) return;
   const int64_t taps = at / args.inner, outer = taps / args.in_channels;  // outer: channel and kh
   const int kw = static_cast<int>(at % args.inner) * kValues, ci = static_cast<int>(taps % args.in_channels);
@@ -45,25 +45,19 @@ template <class T>
 RIFORMER_KERNEL(kArrangeThreads, 1)
 arrange_images_kernel(RIFORMER_GRID_CONSTANT ArrangeImagesArgs args) {
   constexpr int kValues = kPerPiece<T>;
-  const int64_t at = block_index() * kArrangeThreads + thread_index();
+  const int64_t at = thread_block_index() * kArrangeThreads + thread_index();
   const int64_t pieces = args.in_channels / kValues;
   if (at >= args.batch * args.pixels * pieces) return;
   const int64_t pixel = at % args.pixels, piece = at / args.pixels % pieces, image = at / args.pixels / pieces;
   const int64_t from = image * args.stride_batch + piece * kValues * args.stride_channel +
                        pixel / args.width * args.stride_row + pixel % args.width * args.stride_column;
-  const auto read = [&](auto* x) {
+  const Vec16 found = with_dtype_on_device(args.x_dtype, [&](auto element) {
+    const auto* const x = static_cast<const decltype(element)*>(args.x) + from;
     float values[kValues];
     RIFORMER_UNROLL
-    for (int j = 0; j < kValues; ++j) values[j] = to_float(x[from + j * args.stride_channel]);
+    for (int j = 0; j < kValues; ++j) values[j] = to_float(x[j * args.stride_channel]);
     return pack_piece<T>(values);
-  };
-  Vec16 found;
-  if (args.x_dtype == DType::f32)
-    found = read(static_cast<const float*>(args.x));
-  else if (args.x_dtype == DType::bf16)
-    found = read(static_cast<const bf16*>(args.x));
-  else
-    found = read(static_cast<const f16*>(args.x));
+  });
   store_16(static_cast<Vec16*>(args.out) + (image * args.pixels + pixel) * pieces + piece, found);
 }
 
@@ -121,7 +115,7 @@ inline EmbedPlan embed_plan(const EmbedArgs& given) {
   plan.arrange_images = !plan.gather && !lies_in_pieces(args);
   plan.inner = static_cast<int>(ceil_divide(plan.gather ? args.kernel_width : args.in_channels, values));
   plan.pieces = args.kernel_height * (plan.gather ? args.in_channels : args.kernel_width) * plan.inner;
-  const int64_t positions = args.out_height * args.out_width, slots = args.batch * slots_of(positions);
+  const int64_t positions = args.out_height * args.out_width, slots = args.batch * slots_in_image(positions);
   const int columns =
       plan.gather ? fitting_columns(args.channels, {96, 64}) : fitting_columns(args.channels, {96, 128});
   const bool large = size == 2 && ceil_divide(slots, 2) * ceil_divide(args.channels, columns) >= args.device.processors;
@@ -131,16 +125,16 @@ inline EmbedPlan embed_plan(const EmbedArgs& given) {
   plan.images_bytes =
       plan.arrange_images ? aligned_bytes(args.batch * args.height * args.width * args.in_channels * size) : 0;
   plan.partials_bytes =
-      args.moments && slots_of(positions) > 1 ? partials_count(args.batch, positions, args.channels) * 4 : 0;
+      args.moments && slots_in_image(positions) > 1 ? partials_count(args.batch, positions, args.channels) * 4 : 0;
   return plan;
 }
 
 template <class T, int Slots, int Columns, bool Gather>
 void launch_embed_tile(const EmbedKernelArgs& args, const Device& device) {
   using Tile = EmbedTile<T, Slots, Columns>;
-  const int64_t blocks = ceil_divide(args.slots, Slots) * ceil_divide(args.channels, Columns);
+  const int64_t thread_blocks = ceil_divide(args.slots, Slots) * ceil_divide(args.channels, Columns);
   launch(embed_kernel<T, Slots, Columns, Gather>,
-         {Gather ? "embed, gathered" : "embed", blocks, Tile::kThreads, Tile::kShared, 1, device.stream}, args);
+         {Gather ? "embed, gathered" : "embed", thread_blocks, Tile::kThreads, Tile::kShared, 1, device.stream}, args);
 }
 
 template <class T>
@@ -168,7 +162,7 @@ void launch_embed_of(const EmbedArgs& given, const EmbedPlan& plan) {
   EmbedArgs args = with_plain_strides(given);
   unsigned char* const workspace = static_cast<unsigned char*>(args.workspace);
   float* const partials = reinterpret_cast<float*>(workspace + plan.weight_bytes + plan.images_bytes);
-  const int64_t positions = args.out_height * args.out_width, slots = slots_of(positions);
+  const int64_t positions = args.out_height * args.out_width, slots = slots_in_image(positions);
   const auto in_channels = static_cast<int>(args.in_channels), kernel_height = static_cast<int>(args.kernel_height),
              kernel_width = static_cast<int>(args.kernel_width), width = static_cast<int>(args.width);
   if (plan.gather) {
@@ -225,10 +219,8 @@ void launch_embed_of(const EmbedArgs& given, const EmbedPlan& plan) {
 }
 
 inline void launch_embed(const EmbedArgs& args) {
-  const EmbedPlan plan = embed_plan(args);
-  if (args.dtype == DType::f32) launch_embed_of<float>(args, plan);
-  if (args.dtype == DType::bf16) launch_embed_of<bf16>(args, plan);
-  if (args.dtype == DType::f16) launch_embed_of<f16>(args, plan);
+  check_dtypes({args.x_dtype, args.bias.dtype});
+  with_dtype(args.dtype, [&](auto element) { launch_embed_of<decltype(element)>(args, embed_plan(args)); });
 }
 
 }  // namespace riformer::cuda

@@ -156,13 +156,8 @@ struct GatheredRows {
   RIFORMER_DEVICE void load(unsigned char* to) {
     RIFORMER_UNROLL
     for (int i = 0; i < 2; ++i) {
-      Vec16 piece;
-      if (args.x_dtype == DType::f32)
-        piece = gathered<float>(at[i]);
-      else if (args.x_dtype == DType::bf16)
-        piece = gathered<bf16>(at[i]);
-      else
-        piece = gathered<f16>(at[i]);
+      const Vec16 piece =
+          with_dtype_on_device(args.x_dtype, [&](auto element) { return gathered<decltype(element)>(at[i]); });
       store_16(to + step_offset(row, thread_index() / kRows + 2 * i), piece);
       at[i].advance(args.inner, args.in_channels);
     }
@@ -278,8 +273,8 @@ embed_kernel(RIFORMER_GRID_CONSTANT EmbedKernelArgs args) {
   constexpr int kThreads = Tile::kThreads;
   unsigned char* const shared = shared_memory();
   const int64_t groups = ceil_divide(args.channels, Columns);
-  const int64_t slot = block_index() / groups * Slots;
-  const int column = static_cast<int>(block_index() % groups) * Columns;
+  const int64_t slot = thread_block_index() / groups * Slots;
+  const int column = static_cast<int>(thread_block_index() % groups) * Columns;
   const int warp = thread_index() / kWarp, warp_row = warp / 2 * 32, warp_column = warp % 2 * (Columns / 2);
   float* const bias = reinterpret_cast<float*>(shared + Tile::kBias);
   for (int c = thread_index(); c < Columns; c += kThreads)
@@ -316,15 +311,15 @@ embed_kernel(RIFORMER_GRID_CONSTANT EmbedKernelArgs args) {
   RIFORMER_NO_UNROLL
   for (int step = 0; step < steps; ++step) {
     copy_async_wait<kEmbedStages - 2>();
-    sync_block();
+    sync_thread_block();
     load(step + kEmbedStages - 1);
     if (used) product.add(stage(step) + warp_row * 64, stage(step) + (Tile::kRows + warp_column) * 64);
   }
   copy_async_wait<0>();
-  sync_block();
+  sync_thread_block();
   product.store(shared + warp_row * Tile::kPitch + warp_column * static_cast<int>(sizeof(T)), Tile::kPitch,
                 bias + warp_column);
-  sync_block();
+  sync_thread_block();
 
   const int left = args.channels - column, pieces = (left < Columns ? left : Columns) / kPerPiece<T>;
   RIFORMER_NO_UNROLL

@@ -35,6 +35,7 @@ RIFORMER_DEVICE float gelu_float32(float x) { return x * multiply_add(0.5f, erff
 
 template <class T>
 RIFORMER_DEVICE float gelu(float x) {
+  static_assert(sizeof(T) == 2, "another element type needs a GELU of its own precision");
   return gelu_16_bit(x);
 }
 template <>

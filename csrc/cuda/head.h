@@ -29,8 +29,8 @@ pool_kernel(RIFORMER_GRID_CONSTANT PoolArgs args) {
   constexpr int kValues = kPerPiece<T>;
   auto* const statistics = reinterpret_cast<PositionStatistics*>(shared_memory());
   float* const parts = reinterpret_cast<float*>(statistics + kPoolRows);
-  const int64_t tiles = ceil_divide(args.positions, kPoolRows), image = block_index() / tiles;
-  const int64_t start = (block_index() - image * tiles) * kPoolRows, left = args.positions - start;
+  const int64_t tiles = ceil_divide(args.positions, kPoolRows), image = thread_block_index() / tiles;
+  const int64_t start = (thread_block_index() - image * tiles) * kPoolRows, left = args.positions - start;
   const int rows = static_cast<int>(left < kPoolRows ? left : kPoolRows), channels = args.channels;
   const T* const x = static_cast<const T*>(args.x) + (image * args.positions + start) * channels;
   tile_statistics<T, Lanes>(x, rows, channels, args.eps, statistics, kHeadThreads);
@@ -49,13 +49,13 @@ pool_kernel(RIFORMER_GRID_CONSTANT PoolArgs args) {
       RIFORMER_UNROLL
       for (int i = 0; i < kValues; ++i) parts[share.row * width + column + i] = sums[i];
     }
-    sync_block();
+    sync_thread_block();
     for (int i = thread_index(); i < width && base + i < channels; i += kHeadThreads) {
       float sum = 0.f;
       for (int part = 0; part < share.step; ++part) sum += parts[part * width + i];
-      args.sums[block_index() * channels + base + i] = sum;
+      args.sums[thread_block_index() * channels + base + i] = sum;
     }
-    sync_block();
+    sync_thread_block();
   }
 }
 
@@ -116,7 +116,7 @@ head_kernel(RIFORMER_GRID_CONSTANT HeadKernelArgs args) {
   float* const features = reinterpret_cast<float*>(shared_memory());
   const int channels = args.channels, warp = thread_index() / kWarp, lane = thread_index() % kWarp;
   const int64_t groups = ceil_divide(args.classes, int64_t{kHeadWarps} * Classes * args.rounds);
-  const int64_t first_image = block_index() / groups * Images, group = block_index() % groups;
+  const int64_t first_image = thread_block_index() / groups * Images, group = thread_block_index() % groups;
 
   const int64_t image = first_image + warp / kShare;
   if (image < args.batch) {
@@ -143,7 +143,7 @@ head_kernel(RIFORMER_GRID_CONSTANT HeadKernelArgs args) {
                          load_parameter(args.norm_bias, c));
     }
   }
-  sync_block();
+  sync_thread_block();
 
   RIFORMER_NO_UNROLL
   for (int round = 0; round < args.rounds; ++round) {
@@ -185,12 +185,10 @@ head_kernel(RIFORMER_GRID_CONSTANT HeadKernelArgs args) {
     if (lane % (kWarp / kPairs) != 0 || scored >= args.classes || of >= args.batch) continue;
     const float score = args.fc_bias.data ? sum + load_parameter(args.fc_bias, scored) : sum;
     const int64_t at = of * args.classes + scored;
-    if (args.out_dtype == DType::f32)
-      static_cast<float*>(args.out)[at] = score;
-    else if (args.out_dtype == DType::bf16)
-      static_cast<bf16*>(args.out)[at] = from_float<bf16>(score);
-    else
-      static_cast<f16*>(args.out)[at] = from_float<f16>(score);
+    with_dtype_on_device(args.out_dtype, [&](auto element) {
+      using Out = decltype(element);
+      static_cast<Out*>(args.out)[at] = from_float<Out>(score);
+    });
   }
 }
 
@@ -219,11 +217,11 @@ void launch_scores(HeadKernelArgs args, const Device& device) {
   // Several rounds for the same features, as long as every multiprocessor has four blocks.
   const int64_t rounds = images * groups / (4 * device.processors);
   args.rounds = static_cast<int>(rounds < 1 ? 1 : rounds > 8 ? 8 : rounds);
-  const int64_t blocks = images * ceil_divide(args.classes, int64_t{kHeadWarps} * Classes * args.rounds);
+  const int64_t thread_blocks = images * ceil_divide(args.classes, int64_t{kHeadWarps} * Classes * args.rounds);
   const int64_t shared = int64_t{Images} * args.channels * 4;
   if (shared > kMostHeadShared)
     throw std::runtime_error("riformer: head: " + std::to_string(args.channels) + " channels, at most 24576 fit");
-  launch(head_kernel<W, Classes, Images>, {"head", blocks, kHeadThreads, shared, 1, device.stream}, args);
+  launch(head_kernel<W, Classes, Images>, {"head", thread_blocks, kHeadThreads, shared, 1, device.stream}, args);
 }
 
 template <class W>
@@ -236,11 +234,8 @@ void launch_head_of(const HeadKernelArgs& args, const Device& device) {
 
 inline void launch_head(const HeadArgs& args) {
   float* const sums = static_cast<float*>(args.workspace);
-  if (args.per_position) {
-    if (args.dtype == DType::f32) launch_pool<float>(args, sums);
-    if (args.dtype == DType::bf16) launch_pool<bf16>(args, sums);
-    if (args.dtype == DType::f16) launch_pool<f16>(args, sums);
-  }
+  check_dtypes({args.norm_weight.dtype, args.norm_bias.dtype, args.fc_bias.dtype, args.out_dtype});
+  if (args.per_position) with_dtype(args.dtype, [&](auto element) { launch_pool<decltype(element)>(args, sums); });
   const HeadKernelArgs kernel{args.per_position ? sums : args.moments,
                               args.norm_weight,
                               args.norm_bias,
@@ -257,9 +252,7 @@ inline void launch_head(const HeadArgs& args) {
                               args.eps,
                               args.per_position,
                               reinterpret_cast<uintptr_t>(args.fc_weight.data) % 16 == 0};
-  if (args.fc_weight.dtype == DType::f32) launch_head_of<float>(kernel, args.device);
-  if (args.fc_weight.dtype == DType::bf16) launch_head_of<bf16>(kernel, args.device);
-  if (args.fc_weight.dtype == DType::f16) launch_head_of<f16>(kernel, args.device);
+  with_dtype(args.fc_weight.dtype, [&](auto element) { launch_head_of<decltype(element)>(kernel, args.device); });
 }
 
 }  // namespace riformer::cuda

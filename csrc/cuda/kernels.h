@@ -1,9 +1,12 @@
-// What the bindings call: one launcher per op, with everything it needs in one struct. No torch, no CUDA headers.
+// What the bindings call: a launcher for each op, with everything that it needs in one struct. No torch and no CUDA
+// headers.
 //
-// Tokens are [B, N, C] with C contiguous and 16-byte aligned rows (C a multiple of 8); weights of matrices are in the
-// tokens' dtype, 16-byte aligned and contiguous; parameter vectors are of any dtype. Moments are float32 [B, 2, C]: per
-// image and channel the mean and the centred sum of squares. Launchers throw std::runtime_error; the text has the
-// configuration. Workspaces come from the caller, who asks for their size in bytes first; they are 256-byte aligned.
+// Tokens are [B, N, C]: C is contiguous and a multiple of 8, and rows are 16-byte aligned. The weights of matrices are
+// in the tokens' dtype, contiguous and 16-byte aligned. Parameter vectors may have any dtype. Moments are float32 [B,
+// 2, C]: for each image and channel the mean over the positions and the centred sum of squares.
+//
+// A launcher throws an exception whose text has the configuration. The caller provides the workspace: it asks for the
+// size in bytes first, and aligns the workspace to 256 bytes.
 #pragma once
 
 #include <cstdint>
@@ -13,17 +16,17 @@
 
 namespace riformer::cuda {
 
-// A parameter vector: a pointer and its dtype, which may differ from the tokens'; null where it is left out.
+// A parameter vector and its dtype, which may differ from that of the tokens. `data` is null where it is left out.
 struct Parameter {
   const void* data;
   DType dtype;
 };
 
-// What the kernels run on: compute capability as 80, 86, 90, ...; multiprocessors; the current cudaStream_t.
+// What the kernels run on.
 struct Device {
-  int architecture;
-  int processors;
-  void* stream;
+  int architecture;  // compute capability: 80, 86, 90, ...
+  int processors;    // multiprocessors
+  void* stream;      // the current cudaStream_t
 };
 
 struct MomentsArgs {
@@ -37,8 +40,8 @@ struct MomentsArgs {
 int64_t moments_workspace(const MomentsArgs& args);
 void moments(const MomentsArgs& args);
 
-// Convolution as an implicit matrix product: rows are output positions, the sum runs over kernel_height x kernel_width
-// x in_channels. x is read where it lies (any strides, its own dtype) and rounded to `dtype` on the way.
+// A convolution with its bias, and the moments of its result. x is read where it lies, with any strides and its own
+// dtype; its values are rounded to `dtype` before they are multiplied.
 struct EmbedArgs {
   Device device;
   const void* x;
@@ -77,11 +80,11 @@ struct BlockArgs {
 };
 int64_t block_workspace(const BlockArgs& args);
 void block(const BlockArgs& args);
-// Which kernels with which tiles `block` would run, as text; a pure function of channels, hidden, positions, dtype and
-// architecture, never of the batch.
+// Which kernels with which tiles `block` would run, as text. A pure function of everything in `args` but the pointers;
+// the number of rows and of multiprocessors count too (block_choice.h).
 std::string block_choice(const BlockArgs& args);
 
-// GroupNorm(1) from moments, or LayerNorm per position, into `out_dtype`.
+// The norm of tokens, in `out_dtype`: GroupNorm with one group from the moments, or LayerNorm of each position.
 struct NormArgs {
   Device device;
   const void* x;
@@ -96,7 +99,7 @@ struct NormArgs {
 };
 void norm(const NormArgs& args);
 
-// Class scores: final norm, average over positions, linear.
+// Class scores: the final norm, the average over the positions, the linear layer.
 struct HeadArgs {
   Device device;
   const void* x;  // read only with per_position
@@ -114,7 +117,8 @@ struct HeadArgs {
 int64_t head_workspace(const HeadArgs& args);
 void head(const HeadArgs& args);
 
-// `count` values from one dtype to another (round to nearest even): weights whose dtype is not the tokens'.
+// Converts `count` values from one dtype to another, rounding to nearest even. For weights whose dtype is not that of
+// the tokens.
 void convert(const Device& device, const void* from, DType from_dtype, void* to, DType to_dtype, int64_t count);
 
 }  // namespace riformer::cuda

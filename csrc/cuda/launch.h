@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -16,12 +17,29 @@
 
 namespace riformer::cuda {
 
-constexpr int64_t kMostBlocks = 2147483647;  // of a grid in its first direction (CUDA programming guide)
+constexpr int64_t kMostThreadBlocks = 2147483647;  // of a grid in its first direction (CUDA programming guide)
+
+// Fails by name on a dtype that is in no with_dtype. Launchers call it for every dtype that a kernel looks at itself.
+inline void check_dtypes(std::initializer_list<DType> dtypes) {
+  for (const DType dtype : dtypes) with_dtype(dtype, [](auto) {});
+}
+
+// with_dtype for kernels that have a form for 16-bit elements only: `kernels` names them in the error for any other.
+template <class F>
+void with_16_bit_dtype(DType dtype, const char* kernels, const F& f) {
+  with_dtype(dtype, [&](auto element) {
+    if constexpr (sizeof(element) == 2)
+      f(element);
+    else
+      throw std::logic_error(std::string("riformer: ") + kernels + " compute with 16-bit elements, not with " +
+                             ElementTraits<decltype(element)>::kName);
+  });
+}
 
 // What a launch needs beside its arguments. `stream` is a cudaStream_t.
 struct Launch {
   const char* kernel;
-  int64_t blocks;
+  int64_t thread_blocks;
   int threads;
   int64_t shared_bytes = 0;
   int cluster = 1;
@@ -29,31 +47,31 @@ struct Launch {
 
   std::string text() const {
     std::ostringstream out;
-    out << kernel << " with " << blocks << " blocks of " << threads << " threads, " << shared_bytes
+    out << kernel << " with " << thread_blocks << " thread blocks of " << threads << " threads, " << shared_bytes
         << " bytes of shared memory, clusters of " << cluster;
     return out.str();
   }
 };
 
-// Whether there is anything to start; an error where there is too much.
-inline bool has_blocks(const Launch& how) {
-  if (how.blocks > kMostBlocks)
-    throw std::runtime_error("riformer: " + how.text() + ": a launch takes at most " + std::to_string(kMostBlocks) +
-                             " blocks; split the batch");
-  return how.blocks > 0;
+// Whether there is anything to start. Fails if there are more thread blocks than a launch takes.
+inline bool has_thread_blocks(const Launch& how) {
+  if (how.thread_blocks > kMostThreadBlocks)
+    throw std::runtime_error("riformer: " + how.text() + ": a launch takes at most " +
+                             std::to_string(kMostThreadBlocks) + " thread blocks; split the batch");
+  return how.thread_blocks > 0;
 }
 
 #if defined(__CUDACC__)
 
 template <class Args>
 void launch(void (*kernel)(Args), const Launch& how, const Args& args) {
-  if (!has_blocks(how)) return;
+  if (!has_thread_blocks(how)) return;
   if (how.shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(how.shared_bytes)),
           [&] { return how.text(); });
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(how.blocks));
+  config.gridDim = dim3(static_cast<unsigned>(how.thread_blocks));
   config.blockDim = dim3(static_cast<unsigned>(how.threads));
   config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
   config.stream = static_cast<cudaStream_t>(how.stream);
@@ -73,8 +91,8 @@ void launch(void (*kernel)(Args), const Launch& how, const Args& args) {
 
 template <class Args>
 void launch(void (*kernel)(Args), const Launch& how, const Args& args) {
-  if (!has_blocks(how)) return;
-  emulator::run({how.blocks, how.cluster, how.threads, how.shared_bytes}, how.text(), [&] { kernel(args); });
+  if (!has_thread_blocks(how)) return;
+  emulator::run({how.thread_blocks, how.cluster, how.threads, how.shared_bytes}, how.text(), [&] { kernel(args); });
 }
 
 #endif

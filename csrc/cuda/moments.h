@@ -7,10 +7,10 @@
 
 namespace riformer::cuda {
 
-inline int64_t slots_of(int64_t positions) { return ceil_divide(positions, kSlotRows); }
+inline int64_t slots_in_image(int64_t positions) { return ceil_divide(positions, kSlotRows); }
 // float32 values of `partials` for the slots of a batch: what the kernels with a moments epilogue write.
 inline int64_t partials_count(int64_t batch, int64_t positions, int64_t channels) {
-  return batch * slots_of(positions) * 2 * channels;
+  return batch * slots_in_image(positions) * 2 * channels;
 }
 
 // ---------------------------------------------------------------------------------------------------------- merge
@@ -63,20 +63,20 @@ merge_kernel(RIFORMER_GRID_CONSTANT MergeArgs args) {
   float* const parts = reinterpret_cast<float*>(shared_memory());
   const int lane = thread_index() % Columns, part = thread_index() / Columns;
   const int64_t groups = ceil_divide(args.channels, Columns);
-  const int64_t image = block_index() / groups;
-  const int64_t channel = (block_index() - image * groups) * Columns + lane;
+  const int64_t image = thread_block_index() / groups;
+  const int64_t channel = (thread_block_index() - image * groups) * Columns + lane;
   const bool inside = channel < args.channels;
   const SlotColumn column{args.partials + image * args.slots_per_image * 2 * args.channels + (inside ? channel : 0),
                           2 * args.channels, args.channels, args.slots_per_image, args.positions};
   parts[thread_index()] = column.mean_part(part);
-  sync_block();
+  sync_thread_block();
   float sum = 0.f;
   RIFORMER_UNROLL
   for (int i = 0; i < kMergeParts; ++i) sum += parts[i * Columns + lane];
   const float shift = sum / static_cast<float>(args.positions);
   float* const more = parts + Columns * kMergeParts;
   more[thread_index()] = column.centred_part(part, shift);
-  sync_block();
+  sync_thread_block();
   if (part != 0 || !inside) return;
   sum = 0.f;
   RIFORMER_UNROLL
@@ -120,7 +120,7 @@ slot_moments_kernel(RIFORMER_GRID_CONSTANT SlotMomentsArgs args) {
   constexpr int kColumns = kMomentsPieces * kPerPiece<T>;
   unsigned char* const tiles = shared_memory();
   const int64_t groups = ceil_divide(args.channels, kColumns);
-  const int64_t unit = block_index() / groups, column = (block_index() - unit * groups) * kColumns;
+  const int64_t unit = thread_block_index() / groups, column = (thread_block_index() - unit * groups) * kColumns;
   const int64_t left = args.channels - column;
   const int pieces = static_cast<int>((left < kColumns ? left : kColumns) / kPerPiece<T>);
   const int64_t image = args.merged ? unit : unit / args.slots_per_image;
@@ -136,7 +136,7 @@ slot_moments_kernel(RIFORMER_GRID_CONSTANT SlotMomentsArgs args) {
   }
   copy_async_commit();
   copy_async_wait<0>();
-  sync_block();
+  sync_thread_block();
   const int warp = thread_index() / kWarp, warps = kMomentsThreads / kWarp;
   float* const target = args.target + unit * 2 * args.channels + column;
   if (!args.merged) {
@@ -150,7 +150,7 @@ slot_moments_kernel(RIFORMER_GRID_CONSTANT SlotMomentsArgs args) {
                     rows - first < kSlotRows ? rows - first : kSlotRows, pieces, warp, warps,
                     means + slot * 2 * kColumns, kColumns);
   }
-  sync_block();
+  sync_thread_block();
   const int c = thread_index();
   if (c >= pieces * kPerPiece<T>) return;
   const SlotColumn of{means + c, 2 * kColumns, kColumns, slots, args.positions};
@@ -165,18 +165,19 @@ slot_moments_kernel(RIFORMER_GRID_CONSTANT SlotMomentsArgs args) {
 
 // float32 values of `partials` that launch_moments needs; 0 where it needs none.
 inline int64_t moments_partials_count(int64_t batch, int64_t positions, int64_t channels) {
-  return slots_of(positions) <= kMostMergedSlots ? 0 : partials_count(batch, positions, channels);
+  return slots_in_image(positions) <= kMostMergedSlots ? 0 : partials_count(batch, positions, channels);
 }
 
 template <class T>
 void launch_moments_of(const void* x, int64_t batch, int64_t positions, int64_t channels, float* moments,
                        float* partials, const Device& device) {
-  const int64_t slots = slots_of(positions), groups = ceil_divide(channels, kMomentsPieces * kPerPiece<T>);
+  const int64_t slots = slots_in_image(positions), groups = ceil_divide(channels, kMomentsPieces * kPerPiece<T>);
   const bool merged = slots > 1 && slots <= kMostMergedSlots;
   const int64_t tiles = merged ? slots : 1, sums = merged ? slots * 2 * kMomentsPieces * kPerPiece<T> * 4 : 0;
   float* const target = slots <= kMostMergedSlots ? moments : partials;
-  const int64_t blocks = batch * (merged ? 1 : slots) * groups;
-  launch(slot_moments_kernel<T>, {"moments", blocks, kMomentsThreads, tiles * kMomentsTile + sums, 1, device.stream},
+  const int64_t thread_blocks = batch * (merged ? 1 : slots) * groups;
+  launch(slot_moments_kernel<T>,
+         {"moments", thread_blocks, kMomentsThreads, tiles * kMomentsTile + sums, 1, device.stream},
          SlotMomentsArgs{x, target, positions, channels, slots, merged});
   if (target == partials) launch_merge(partials, moments, batch, positions, slots, channels, device);
 }
@@ -184,9 +185,9 @@ void launch_moments_of(const void* x, int64_t batch, int64_t positions, int64_t 
 // Moments [batch, 2, C] of stored tokens [batch, positions, C]; `partials` as moments_partials_count says.
 inline void launch_moments(const void* x, DType dtype, int64_t batch, int64_t positions, int64_t channels,
                            float* moments, float* partials, const Device& device) {
-  if (dtype == DType::f32) launch_moments_of<float>(x, batch, positions, channels, moments, partials, device);
-  if (dtype == DType::bf16) launch_moments_of<bf16>(x, batch, positions, channels, moments, partials, device);
-  if (dtype == DType::f16) launch_moments_of<f16>(x, batch, positions, channels, moments, partials, device);
+  with_dtype(dtype, [&](auto element) {
+    launch_moments_of<decltype(element)>(x, batch, positions, channels, moments, partials, device);
+  });
 }
 
 }  // namespace riformer::cuda

@@ -22,20 +22,20 @@ struct NormKernelArgs {
 
 // A tile of one image's rows: first the statistics, of the image (each block takes them anew from 8 bytes a channel) or
 // of each row; then every thread keeps to one piece of 16 bytes of columns and goes down the rows. Shared memory: three
-// floats per row and the 64 of BlockTeam. x is read and the result written once, 16 bytes at a time; with LayerNorm the
-// two passes over a row before that leave the tile, at most 32 KB, in the nearest cache.
+// floats per row and the 64 of ThreadBlockTeam. x is read and the result written once, 16 bytes at a time; with
+// LayerNorm the two passes over a row before that leave the tile, at most 32 KB, in the nearest cache.
 template <class T, int Lanes>  // Lanes: that share a row for its statistics; 0 for GroupNorm
 RIFORMER_KERNEL(kNormThreads, 4) norm_kernel(RIFORMER_GRID_CONSTANT NormKernelArgs args) {
   constexpr int kValues = kPerPiece<T>;
   auto* const statistics = reinterpret_cast<PositionStatistics*>(shared_memory());
   const int64_t tiles = ceil_divide(args.positions, args.rows);
-  const int64_t image = block_index() / tiles, start = (block_index() - image * tiles) * args.rows;
+  const int64_t image = thread_block_index() / tiles, start = (thread_block_index() - image * tiles) * args.rows;
   const int64_t left = args.positions - start, offset = (image * args.positions + start) * args.channels;
   const int rows = static_cast<int>(left < args.rows ? left : args.rows), channels = args.channels;
   const T* const x = static_cast<const T*>(args.x) + offset;
   PositionStatistics of_image{};
   if constexpr (Lanes == 0) {
-    BlockTeam team{reinterpret_cast<float*>(statistics + kMostNormRows), kNormThreads};
+    ThreadBlockTeam team{reinterpret_cast<float*>(statistics + kMostNormRows), kNormThreads};
     const float* const moments = args.moments + image * 2 * channels;
     const ImageStatistics found = image_statistics(
         team, [&](int c) { return moments[c]; }, [&](int c) { return moments[channels + c]; }, moments[0], channels,
@@ -77,7 +77,7 @@ void launch_norm_of(const NormArgs& args) {
   const Launch how{"norm",
                    args.batch * ceil_divide(args.positions, rows),
                    kNormThreads,
-                   kMostNormRows * static_cast<int64_t>(sizeof(PositionStatistics)) + BlockTeam::kFloats * 4,
+                   kMostNormRows * static_cast<int64_t>(sizeof(PositionStatistics)) + ThreadBlockTeam::kFloats * 4,
                    1,
                    args.device.stream};
   if (!args.per_position)
@@ -89,9 +89,8 @@ void launch_norm_of(const NormArgs& args) {
 }
 
 inline void launch_norm(const NormArgs& args) {
-  if (args.dtype == DType::f32) launch_norm_of<float>(args);
-  if (args.dtype == DType::bf16) launch_norm_of<bf16>(args);
-  if (args.dtype == DType::f16) launch_norm_of<f16>(args);
+  check_dtypes({args.weight.dtype, args.bias.dtype, args.out_dtype});
+  with_dtype(args.dtype, [&](auto element) { launch_norm_of<decltype(element)>(args); });
 }
 
 }  // namespace riformer::cuda

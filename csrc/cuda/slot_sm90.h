@@ -1,8 +1,9 @@
-// What the sm_90 kernels of a block do to the rows of a slot, by one warpgroup: before the first product (norm into a
-// tile that wgmma reads) and after the second (residual, moments, stores).
+// What the sm_90 kernels of a block do to the rows of a slot, by one warpgroup: before the first product (the norm,
+// into a tile that wgmma reads) and after the second (residual, moments, stores). And the ring through which weights
+// reach the warpgroups.
 //
-// A slot's tile lies in shared memory as [C / Block] pieces of [64 rows] x [Block channels], rows swizzled; Block is 64
-// channels (128 bytes), or 32 where 64 does not divide C.
+// The tile of a slot lies in shared memory as strips of 64 rows, one behind the other. A strip is as many channels wide
+// as a row of the swizzle takes: 128 bytes, or 64 where the channels are no multiple of that.
 #pragma once
 
 #include "block_args.h"
@@ -12,25 +13,29 @@
 
 namespace riformer::cuda {
 
-constexpr int block_of(int channels) { return channels % 64 == 0 ? 64 : 32; }
+// The channels of a strip, for tiles of `channels`.
+template <class T>
+constexpr int strip_width(int channels) {
+  constexpr int kWidest = 128 / kElementBytes<T>;
+  return channels % kWidest == 0 ? kWidest : kWidest / 2;
+}
 
-template <int Block>
+template <class T, int Strip>
 struct SlotTile {
-  static constexpr int kRowBytes = 2 * Block;
-  static constexpr int kPieceBytes = kSlotRows * kRowBytes;
+  static constexpr int kRowBytes = kElementBytes<T> * Strip;
+  static constexpr int kStripBytes = kSlotRows * kRowBytes;
 
-  // Byte offset of channel `c` of a row.
+  // Byte offset of channel `c` of a row: swizzled<kRowBytes>() of its place in the strip. The part of the swizzle that
+  // depends on the row is computed apart from what depends on the channel.
   static RIFORMER_DEVICE int at(int row, int c) {
-    // swizzled<kRowBytes>() of the place in the piece, with what depends on the row apart from what depends on the
-    // channel.
-    const int turn = Block == 64 ? row % 8 * 16 : row / 2 % 4 * 16;
-    return c / Block * kPieceBytes + row * kRowBytes + (c % Block * 2 ^ turn);
+    const int exchange = kRowBytes == 128 ? row % 8 * 16 : row / 2 % 4 * 16;
+    return c / Strip * kStripBytes + row * kRowBytes + (c % Strip * kElementBytes<T> ^ exchange);
   }
 };
 
-// slot_at and the image of a row in 32 bits, which is what the copy engine counts rows in; a 64-bit division is a call
-// that takes registers from the sums. Without rows beyond the last slot.
-RIFORMER_DEVICE Slot slot_of(const BlockKernelArgs& args, int slots, int index) {
+// slot_at in 32 bits, which suffice because the copy engine counts rows in 32 bits. A 64-bit division is a call, and
+// would take registers from the sums. A slot behind the last has no rows.
+RIFORMER_DEVICE Slot slot_at_32(const BlockKernelArgs& args, int slots, int index) {
   if (index >= slots) return {0, 0};
   const int per_image = static_cast<int>(args.slots_per_image), positions = static_cast<int>(args.positions);
   int first = index * kSlotRows, end = static_cast<int>(args.rows);
@@ -41,11 +46,12 @@ RIFORMER_DEVICE Slot slot_of(const BlockKernelArgs& args, int slots, int index) 
   }
   return {first, end - first < kSlotRows ? end - first : kSlotRows};
 }
+// The image of a row, in 32 bits for the same reason.
 RIFORMER_DEVICE int image_of(const BlockKernelArgs& args, int64_t row) {
   return static_cast<int>(row) / static_cast<int>(args.positions);
 }
 
-// Eight channels' worth of a map.
+// A map's values for eight channels.
 struct Eight {
   float value[8];
 };
@@ -59,28 +65,32 @@ RIFORMER_DEVICE Eight load_eight(const float* from) {
   return out;
 }
 
-// Thread `t` of the warpgroup takes the same eight columns of every `step`-th row, so that the maps stay in registers
-// while the image is the same. At most 1024 columns.
-struct Spread {
+// What thread `t` of a warpgroup norms: the same piece (of eight columns) of every `step`-th row from `row` on. So the
+// maps of its columns stay in registers while the image is the same. At most 1024 columns.
+struct NormShare {
   int piece, row, step;
 };
-RIFORMER_DEVICE Spread spread(int columns, int t) {
+RIFORMER_DEVICE NormShare norm_share(int columns, int t) {
   const int pieces = columns / 8, step = kWarpgroup / pieces;
   return {t % pieces, t / pieces < step ? t / pieces : kSlotRows, step};
 }
 
-// Columns [begin, begin + columns) of a slot's tokens into a tile, by one thread; 64 rows, whatever is behind the slot.
-template <int Block>
+// Starts the copy of columns [begin, begin + columns) of a slot's tokens to a tile, by one thread. It always copies 64
+// rows: those behind a short slot are read by nobody.
+template <class T, int Strip>
 RIFORMER_DEVICE void copy_slot(const TensorMap* tokens, const Slot& slot, int begin, int columns, unsigned char* tile,
                                uint64_t* arrived) {
-  barrier_arrive_expect(arrived, 2 * kSlotRows * columns);
-  for (int c = 0; c < columns; c += Block)
-    copy_box(tile + c / Block * SlotTile<Block>::kPieceBytes, tokens, arrived, begin + c, static_cast<int>(slot.first));
+  barrier_arrive_expect(arrived, kElementBytes<T> * kSlotRows * columns);
+  for (int c = 0; c < columns; c += Strip)
+    copy_box(tile + c / Strip * SlotTile<T, Strip>::kStripBytes, tokens, arrived, begin + c,
+             static_cast<int>(slot.first));
 }
 
-template <class T, int Block, bool PerPosition>
+template <class T, int Strip, bool PerPosition>
 RIFORMER_DEVICE void norm_rows(const BlockKernelArgs& args, int C, const Slot& slot, unsigned char* tile, int t) {
-  const Spread mine = spread(C, t);
+  static_assert(sizeof(T) == 2, "a piece is eight channels");
+  // The maps of the slot's first image, and `left`: the first row of the slot that belongs to the next image.
+  const NormShare mine = norm_share(C, t);
   int image = image_of(args, slot.first);
   int left = PerPosition ? kSlotRows : (image + 1) * static_cast<int>(args.positions) - static_cast<int>(slot.first);
   if (PerPosition) image = 0;
@@ -91,9 +101,10 @@ RIFORMER_DEVICE void norm_rows(const BlockKernelArgs& args, int C, const Slot& s
   RowStatistics row{*mean, 1.f, 0.f, 1.f};
   RIFORMER_NO_UNROLL
   for (int r = mine.row; r < kSlotRows; r += mine.step) {
-    unsigned char* at = tile + SlotTile<Block>::at(r, mine.piece * 8);
+    unsigned char* at = tile + SlotTile<T, Strip>::at(r, mine.piece * 8);
     Vec16 z{};
     if (r < slot.rows) {
+      // The numbers of this row: its own with LayerNorm, those of its image with GroupNorm.
       if (PerPosition) {
         row = row_statistics(args, slot.first + r, args.maps);
       } else if (r >= left) {
@@ -103,6 +114,7 @@ RIFORMER_DEVICE void norm_rows(const BlockKernelArgs& args, int C, const Slot& s
         q = load_eight(maps + 3 * C);
         row.mean = *mean;
       }
+      // x to z, eight channels.
       z = load_16(at);
       RIFORMER_UNROLL
       for (int j = 0; j < 4; ++j) {
@@ -113,40 +125,44 @@ RIFORMER_DEVICE void norm_rows(const BlockKernelArgs& args, int C, const Slot& s
         z.word[j] = pack<T>(low, high);
       }
     }
+    // Rows behind a short slot become zeros.
     store_16(at, z);
   }
 }
 
-// x in a tile becomes z; rows beyond the slot become zeros.
-template <class T, int Block>
+// Replaces x by z in a tile of all C channels.
+template <class T, int Strip>
 RIFORMER_DEVICE void norm_slot(const BlockKernelArgs& args, int C, const Slot& slot, unsigned char* tile, int t) {
   if (args.statistics)
-    norm_rows<T, Block, true>(args, C, slot, tile, t);
+    norm_rows<T, Strip, true>(args, C, slot, tile, t);
   else
-    norm_rows<T, Block, false>(args, C, slot, tile, t);
+    norm_rows<T, Strip, false>(args, C, slot, tile, t);
 }
 
-// Out of the tile: moments to `args.partials` where they are wanted, and the tokens.
-template <class T, int Block>
-RIFORMER_DEVICE void leave_slot(const BlockKernelArgs& args, int C, int64_t index, int begin, int columns,
-                                const Slot& slot, const unsigned char* tile, int t) {
-  const auto at = [tile](int row, int piece) { return tile + SlotTile<Block>::at(row, piece * 8); };
+// Writes the results that lie in a tile to global memory: the tokens, and their moments where args.partials wants them.
+// `index` is the number of the slot; the tile has columns [begin, begin + columns).
+template <class T, int Strip>
+RIFORMER_DEVICE void store_slot_and_moments(const BlockKernelArgs& args, int C, int64_t index, int begin, int columns,
+                                            const Slot& slot, const unsigned char* tile, int t) {
+  const auto at = [tile](int row, int piece) { return tile + SlotTile<T, Strip>::at(row, piece * kPerPiece<T>); };
+  const int pieces = columns / kPerPiece<T>;
   if (args.partials && slot.rows)
-    slot_moments<T>(at, slot.rows, columns / 8, t / kWarp, kWarpgroup / kWarp, args.partials + index * 2 * C + begin,
-                    C);
-  store_slot(at, slot.rows, columns / 8, static_cast<T*>(args.out) + slot.first * C + begin,
+    slot_moments<T>(at, slot.rows, pieces, t / kWarp, kWarpgroup / kWarp, args.partials + index * 2 * C + begin, C);
+  store_slot(at, slot.rows, pieces, static_cast<T*>(args.out) + slot.first * C + begin,
              static_cast<int64_t>(sizeof(T)) * C, t, kWarpgroup);
 }
 
-// Sums of the second product, N columns from `channel` on, over the tokens in the tile's columns from `column` on: x
-// becomes out. Rows beyond the slot are computed like its first; nobody reads them.
-template <class T, int Block, int N>
+// Replaces x by the block's result in a tile, from the second product's sums of N columns. The first of these is column
+// `channel` of all and `column` of the tile. Rows behind a short slot are computed like its first; nobody reads them.
+template <class T, int Strip, int N>
 RIFORMER_DEVICE void finish_columns(const BlockKernelArgs& args, int C, const Slot& slot, const float (&sums)[N / 2],
                                     int channel, int column, unsigned char* tile, int t) {
+  static_assert(sizeof(T) == 2, "a word is two channels");
   const int pair = 2 * (t % 4);
   const float* scales = args.constants + args.hidden + channel + pair;
   RIFORMER_UNROLL
   for (int half = 0; half < 2; ++half) {
+    // The two rows of a thread are eight apart, as wgmma leaves its sums.
     const int r = t / kWarp * 16 + t % kWarp / 4 + 8 * half;
     // A slot without rows may start behind the last image.
     const int64_t of_all = slot.rows ? slot.first + (r < slot.rows ? r : 0) : 0;
@@ -156,13 +172,13 @@ RIFORMER_DEVICE void finish_columns(const BlockKernelArgs& args, int C, const Sl
     int place = r;
     RIFORMER_UNROLL
     for (int j = 0; j < N / 8; ++j) {
-      // Or the loads of many columns move up together, and the sums go to local memory to make room for them; a value
-      // out of a shuffle is one that the assembler does not find again in another row's or piece's addresses.
+      // Both lines keep ptxas from moving the loads of many columns up, which would spill `sums`: it does not move
+      // loads over the barrier, and a shuffle that changes nothing hides that the addresses of two rows are related.
       sync_warp();
       if (j % 8 == 0) place = shuffle_xor(place, 0);
       const Pair scale = load_pair(scales + 8 * j), shift = load_pair(scales + C + 8 * j);
       const Pair u = load_pair(maps + 8 * j), w = load_pair(maps + C + 8 * j);
-      unsigned char* at = tile + SlotTile<Block>::at(place, column + 8 * j) + 2 * pair;
+      unsigned char* at = tile + SlotTile<T, Strip>::at(place, column + 8 * j) + kElementBytes<T> * pair;
       const uint32_t word = load_word(at);
       const float low = finished(unpack_low<T>(word), row, u.value[0], w.value[0], sums[4 * j + 2 * half],
                                  scale.value[0], shift.value[0], args.residual);
@@ -173,11 +189,14 @@ RIFORMER_DEVICE void finish_columns(const BlockKernelArgs& args, int C, const Sl
   }
 }
 
-constexpr int kSharedLimit = 232448;  // of a thread block, sm_90 (CUDA programming guide)
+constexpr int kSharedLimit = 232448;  // bytes of a thread block on sm_90 (CUDA programming guide)
 constexpr int kBarrierBytes = 1024;
 
-// A ring of panels: the producer fills, the consumers release. The barriers lie at the start of shared memory, behind
-// the ring's those that the consumers' tiles are reported to.
+// A ring of panels of weights in shared memory. The producer fills a panel, the consumers multiply by it and release
+// it, and the producer fills it again.
+//
+// The barriers lie at the start of shared memory: full[stages], empty[stages], arrived[consumers]. full[i]: panel i has
+// been copied. empty[i]: all consumers have released it. arrived[i]: the tokens of consumer i have been copied.
 struct Ring {
   unsigned char* memory;
   uint64_t* full;
@@ -187,19 +206,20 @@ struct Ring {
   RIFORMER_DEVICE unsigned char* panel(int stage) const { return memory + stage * bytes; }
   RIFORMER_DEVICE uint64_t* arrived(int consumer) const { return empty + stages + consumer; }
 };
+// The ring whose panels, of `bytes` each, start `offset` bytes into shared memory.
 RIFORMER_DEVICE Ring ring_at(int offset, int stages, int bytes) {
   unsigned char* memory = shared_memory();
   uint64_t* barriers = reinterpret_cast<uint64_t*>(memory);
   return {memory + offset, barriers, barriers + stages, stages, bytes};
 }
 
-// As many panels as fit beside `fixed` bytes; eight are enough to hide the way from the L2.
+// As many panels as fit beside `fixed` bytes, but no more than eight: those hide the latency of the L2.
 constexpr int ring_stages(int64_t fixed, int64_t panel) {
   const int64_t stages = (kSharedLimit - fixed) / panel;
   return static_cast<int>(stages < 8 ? stages : 8);
 }
 
-// Where in the ring, and the parity of the barriers' phase there.
+// A place in the ring: the panel, and the parity of its barriers' phase in this round.
 struct RingPlace {
   int stage = 0;
   int parity = 0;
@@ -208,7 +228,7 @@ struct RingPlace {
   }
 };
 
-// By one thread, before the barriers are used; `arrivals` of consumers release a panel.
+// Initialises the barriers, by one thread and before their first use. A panel is empty after `arrivals` releases.
 RIFORMER_DEVICE void ring_init(const Ring& ring, int arrivals, int consumers) {
   for (int stage = 0; stage < ring.stages; ++stage) {
     barrier_init(ring.full + stage, 1);
@@ -218,7 +238,7 @@ RIFORMER_DEVICE void ring_init(const Ring& ring, int arrivals, int consumers) {
   barrier_init_fence();
 }
 
-// By a warp of a consumer that is done with a panel.
+// Releases a panel, by each warp of a consumer that has read it.
 RIFORMER_DEVICE void release(const Ring& ring, int stage) {
   if (thread_index() % kWarp == 0) barrier_arrive(ring.empty + stage);
 }

@@ -31,7 +31,7 @@ struct WarpTeam {
 
 // A whole block of `size` threads, whole warps. It has two buffers of kFloats / 2, used in turn: whoever writes to one
 // again has passed the barrier of the call between, and with it everybody's reading.
-struct BlockTeam {
+struct ThreadBlockTeam {
   static constexpr int kFloats = 64;
   float* shared;
   int size;
@@ -43,7 +43,7 @@ struct BlockTeam {
     float* const parts = buffer();
     value = lane_sum<kWarp>(value);
     if (index % kWarp == 0) parts[index / kWarp] = value;
-    sync_block();
+    sync_thread_block();
     float total = 0.f;
     for (int warp = 0; warp < size / kWarp; ++warp) total += parts[warp];
     return total;
@@ -56,7 +56,7 @@ struct BlockTeam {
       const float found = value();
       if (index == 0) *place = found;
     }
-    sync_block();
+    sync_thread_block();
     return *place;
   }
 };
@@ -95,9 +95,6 @@ RIFORMER_DEVICE ImageStatistics image_statistics(Team& team, const Mean& mean, c
 // ------------------------------------------------------------------------------------------------------- 16 bytes
 
 template <class T>
-constexpr int kPerPiece = 16 / static_cast<int>(sizeof(T));
-
-template <class T>
 RIFORMER_DEVICE void unpack_piece(const Vec16& piece, float (&values)[kPerPiece<T>]) {
   if constexpr (sizeof(T) == 4) {
     std::memcpy(values, &piece, 16);
@@ -122,21 +119,23 @@ RIFORMER_DEVICE Vec16 pack_piece(const float* values) {
   return piece;
 }
 
-// Values of consecutive elements, from a multiple of `Count` on, in any dtype.
+// Stores `Count` values as elements `at`, at + 1, ... of `out`, in the dtype of `out`; `at` is a multiple of `Count`.
 template <int Count>
 RIFORMER_DEVICE void store_values(void* out, DType dtype, int64_t at, const float (&values)[Count]) {
   static_assert(Count == 4 || Count == 8, "a piece of float32 or of 16-bit values");
-  if (dtype == DType::f32) {
-    RIFORMER_UNROLL
-    for (int i = 0; i < Count; i += 4) store_16(static_cast<float*>(out) + at + i, pack_piece<float>(values + i));
-    return;
-  }
-  Vec16 piece;
-  RIFORMER_UNROLL
-  for (int i = 0; i < Count / 2; ++i)
-    piece.word[i] = dtype == DType::bf16 ? pack<bf16>(values[2 * i], values[2 * i + 1])
-                                         : pack<f16>(values[2 * i], values[2 * i + 1]);
-  std::memcpy(static_cast<uint16_t*>(out) + at, &piece, 2 * Count);
+  with_dtype_on_device(dtype, [&](auto element) {
+    using Out = decltype(element);
+    Out* const target = static_cast<Out*>(out) + at;
+    if constexpr (sizeof(Out) == 4) {
+      RIFORMER_UNROLL
+      for (int i = 0; i < Count; i += 4) store_16(target + i, pack_piece<Out>(values + i));
+    } else {
+      uint32_t words[Count / 2];
+      RIFORMER_UNROLL
+      for (int i = 0; i < Count / 2; ++i) words[i] = pack<Out>(values[2 * i], values[2 * i + 1]);
+      std::memcpy(target, words, sizeof words);
+    }
+  });
 }
 
 // ---------------------------------------------------------------------------------------- LayerNorm, a row at a time
@@ -213,7 +212,7 @@ RIFORMER_DEVICE void tile_statistics(const T* x, int rows, int channels, float e
     const PositionStatistics statistics = position_statistics(values, channels, eps);
     if (row < rows && thread_index() % Lanes == 0) found[row] = statistics;
   }
-  sync_block();
+  sync_thread_block();
 }
 
 // How a block of `threads` is laid over rows and pieces of 16 bytes: neighbours take neighbouring pieces, `step` rows

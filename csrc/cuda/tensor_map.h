@@ -1,5 +1,6 @@
-// Descriptions of matrices for the tensor copy engine, made on the host at each launch: a call of the driver that
-// touches no GPU and takes about a microsecond, so that nothing has to be kept in step with pointers that change.
+// Tensor maps: what the copy engine has to know of a matrix in global memory. They are made on the host at each launch,
+// by a call of the driver that touches no GPU and takes about a microsecond. Keeping them would mean to notice every
+// change of a pointer.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,7 @@ constexpr int64_t kMostRows = 2147483647;  // the copy engine's coordinates are 
 
 #if defined(__CUDACC__)
 
-// The driver's function, found through the runtime: the library then links against no driver.
+// The driver's function, looked up through the runtime so that the library does not link against the driver.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const PFN_cuTensorMapEncodeTiled_v12000 found = [] {
     void* function = nullptr;
@@ -35,10 +36,22 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return found;
 }
 
+// A type without a specialisation here does not compile.
+template <class T>
+struct TensorMapFormat;
+template <>
+struct TensorMapFormat<bf16> {
+  static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+};
+template <>
+struct TensorMapFormat<f16> {
+  static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+};
+
 #endif
 
-// A row-major [rows, columns] matrix of T and the box that one copy takes: `box_columns` of 64 or 32, which is the
-// width of the swizzle too.
+// A row-major [rows, columns] matrix of T, and the box that one copy takes of it. A row of the box has 128 or 64 bytes,
+// which is also the width of the swizzle.
 template <class T>
 inline TensorMap tensor_map(const void* base, int64_t rows, int64_t columns, int box_rows, int box_columns) {
   if (rows > kMostRows)
@@ -46,14 +59,14 @@ inline TensorMap tensor_map(const void* base, int64_t rows, int64_t columns, int
 #if defined(__CUDACC__)
   CUtensorMap map;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(2 * columns)};
+  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(kElementBytes<T> * columns)};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
   const CUresult status = tensor_map_encoder()(
-      &map, std::is_same<T, bf16>::value ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-      const_cast<void*>(base), sizes, pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &map, TensorMapFormat<T>::kType, 2, const_cast<void*>(base), sizes, pitch, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE,
+      kElementBytes<T> * box_columns == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS)
     throw std::runtime_error("riformer: no tensor map for a [" + std::to_string(rows) + ", " + std::to_string(columns) +
                              "] matrix with boxes of " + std::to_string(box_rows) + " x " +
@@ -61,9 +74,9 @@ inline TensorMap tensor_map(const void* base, int64_t rows, int64_t columns, int
                              std::to_string(static_cast<int>(status)));
   return map;
 #else
-  if (reinterpret_cast<uintptr_t>(base) % 16 || columns % 8 || box_rows > 256)
+  if (reinterpret_cast<uintptr_t>(base) % 16 || kElementBytes<T> * columns % 16 || box_rows > 256)
     throw std::runtime_error("riformer: a matrix that the copy engine cannot describe");
-  return {base, columns, rows, 2 * columns, box_columns, box_rows, 2 * box_columns};
+  return {base, columns, rows, kElementBytes<T>, box_columns, box_rows};
 #endif
 }
 

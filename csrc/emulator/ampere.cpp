@@ -2,7 +2,6 @@
 #include <cstring>
 #include <vector>
 
-#include "../common/dtypes.h"
 #include "emulator.h"
 
 namespace riformer::emulator {
@@ -41,9 +40,8 @@ void perform(const Copy& copy) {
     std::memset(copy.shared, 0, 16);
 }
 
-float value_of(uint32_t word, int half, bool is_bf16) {
-  const auto bits = static_cast<uint16_t>(half ? word >> 16 : word & 0xffff);
-  return is_bf16 ? widen(bf16{bits}) : widen(f16{bits});
+float half_of(uint32_t word, int half, DType dtype) {
+  return operand_value(static_cast<uint16_t>(half ? word >> 16 : word & 0xffff), dtype);
 }
 
 }  // namespace
@@ -64,7 +62,7 @@ void copy_async_16(void* shared, const void* global, bool valid) {
   if (valid && reinterpret_cast<uintptr_t>(global) % 16) fail("copy_async_16 of a misaligned address");
   const Copy copy{shared, global, valid};
   copies().open.push_back(copy);
-  if (coin()) perform(copy);  // as early as can be; and again at the latest moment
+  if (coin()) perform(copy);  // at the earliest moment; the wait performs it again, at the latest moment
 }
 void copy_async_commit() {
   Copies& mine = copies();
@@ -79,27 +77,25 @@ void copy_async_wait(int pending) {
   }
 }
 
-void load_matrix_x4(uint32_t (&out)[4], const void* row, bool transposed) {
+void load_matrix_x4(uint32_t (&out)[4], const void* row) {
   inside(row, 16, "load_matrix_x4");
   struct Lane {
     const void* row;
     uint32_t* out;
   } mine{row, out};
-  meet(kWarp, transposed ? "load_matrix_x4_transposed" : "load_matrix_x4", &mine, [&](void** all) {
+  meet(kWarp, "load_matrix_x4", &mine, [&](void** all) {
     for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t values[8][8];
       for (int r = 0; r < 8; ++r) std::memcpy(values[r], static_cast<Lane*>(all[8 * matrix + r])->row, 16);
       for (int lane = 0; lane < kWarp; ++lane) {
         const int r = lane / 4, c = 2 * (lane % 4);
-        const uint16_t low = transposed ? values[c][r] : values[r][c];
-        const uint16_t high = transposed ? values[c + 1][r] : values[r][c + 1];
-        static_cast<Lane*>(all[lane])->out[matrix] = low | static_cast<uint32_t>(high) << 16;
+        static_cast<Lane*>(all[lane])->out[matrix] = values[r][c] | static_cast<uint32_t>(values[r][c + 1]) << 16;
       }
     }
   });
 }
 
-void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_bf16) {
+void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], DType dtype) {
   struct Lane {
     float* d;
     const uint32_t *a, *b;
@@ -110,8 +106,8 @@ void multiply_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
       const Lane& from = *static_cast<Lane*>(all[lane]);
       for (int half = 0; half < 2; ++half) {
         const int k = 2 * (lane % 4) + half;
-        for (int i = 0; i < 4; ++i) left[lane / 4 + 8 * (i % 2)][k + 8 * (i / 2)] = value_of(from.a[i], half, is_bf16);
-        for (int i = 0; i < 2; ++i) right[lane / 4][k + 8 * i] = value_of(from.b[i], half, is_bf16);
+        for (int i = 0; i < 4; ++i) left[lane / 4 + 8 * (i % 2)][k + 8 * (i / 2)] = half_of(from.a[i], half, dtype);
+        for (int i = 0; i < 2; ++i) right[lane / 4][k + 8 * i] = half_of(from.b[i], half, dtype);
       }
     }
     for (int lane = 0; lane < kWarp; ++lane) {

@@ -16,17 +16,17 @@
 namespace riformer::emulator {
 namespace {
 
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kWarpgroup = 128;
 constexpr size_t kStack = 256 * 1024;
 constexpr int kNamedBarriers = 16;
 constexpr size_t kSharedAlignment = 1024;
 
-// Where threads meet: a warp, a warpgroup.
+// Where the threads of a warp or of a warpgroup meet.
 struct Meeting {
   int arrived = 0;
   int64_t generation = 0;
   const char* what = nullptr;
-  void* arguments[128] = {};
+  void* arguments[kWarpgroup] = {};
   std::shared_ptr<State> state;
 };
 
@@ -36,7 +36,7 @@ struct Barrier {
   int64_t generation = 0;
 };
 
-struct Block {
+struct ThreadBlock {
   int64_t index = 0;
   int rank = 0;
   std::vector<unsigned char> storage, async_storage;
@@ -47,7 +47,7 @@ struct Block {
 };
 
 struct Fibre {
-  Block* block = nullptr;
+  ThreadBlock* thread_block = nullptr;
   int index = 0;
   bool started = false, finished = false;
   const char* waiting_for = nullptr;
@@ -61,7 +61,7 @@ struct Run {
   Grid grid{};
   std::string name;
   const std::function<void()>* kernel = nullptr;
-  std::vector<Block> blocks;
+  std::vector<ThreadBlock> thread_blocks;
   std::vector<Fibre> fibres;
   std::vector<std::function<void()>> deferred;
   Barrier cluster;
@@ -73,9 +73,9 @@ struct Run {
 thread_local Run* running = nullptr;
 thread_local Fibre* current = nullptr;
 thread_local std::mt19937_64 generator(0);
-thread_local int64_t shared_limit = 232448;  // sm_90, which has the most
+thread_local int64_t shared_limit = 232448;  // that of sm_90, which is the largest
 
-// A fibre is entered by setcontext once, and then by longjmp, which makes no system call.
+// A fibre is entered by setcontext the first time, and then by longjmp, which makes no system call.
 void yield() {
   Fibre* self = current;
   if (_setjmp(self->jump) == 0) _longjmp(running->scheduler, 1);
@@ -125,7 +125,7 @@ thread_local Stacks stacks;
 std::string place() {
   std::ostringstream out;
   out << running->name;
-  if (current) out << ", block " << current->block->index << ", thread " << current->index;
+  if (current) out << ", thread block " << current->thread_block->index << ", thread " << current->index;
   return out.str();
 }
 
@@ -142,45 +142,45 @@ std::string stuck() {
   int shown = 0;
   for (const Fibre& fibre : running->fibres)
     if (!fibre.finished && fibre.index % kWarp == 0 && shown++ < 24)
-      out << " block " << fibre.block->index << " thread " << fibre.index << " waits for "
+      out << " thread block " << fibre.thread_block->index << " thread " << fibre.index << " waits for "
           << (fibre.waiting_for ? fibre.waiting_for : "?") << ";";
   return out.str();
 }
 
-void prepare(Block& block, int64_t index, int rank) {
+void prepare(ThreadBlock& thread_block, int64_t index, int rank) {
   const Grid& grid = running->grid;
-  block.index = index;
-  block.rank = rank;
-  // NaN in every format; the guard behind the end is checked when the block is done.
+  thread_block.index = index;
+  thread_block.rank = rank;
+  // 0xff is NaN in every element type. What lies behind the end of shared memory is checked when the thread block ends.
   const size_t size = static_cast<size_t>(grid.shared_bytes) + 2 * kSharedAlignment;
-  block.storage.assign(size, 0xff);
-  block.async_storage.assign(size, 0xff);
+  thread_block.storage.assign(size, 0xff);
+  thread_block.async_storage.assign(size, 0xff);
   const auto align = [](unsigned char* p) {
     return p + (kSharedAlignment - reinterpret_cast<uintptr_t>(p) % kSharedAlignment) % kSharedAlignment;
   };
-  block.shared = align(block.storage.data());
-  block.async_view = align(block.async_storage.data());
-  block.warps.assign(static_cast<size_t>((grid.threads + kWarp - 1) / kWarp), {});
-  block.warpgroups.assign(static_cast<size_t>((grid.threads + 127) / 128), {});
-  for (Barrier& barrier : block.named) barrier = {};
+  thread_block.shared = align(thread_block.storage.data());
+  thread_block.async_view = align(thread_block.async_storage.data());
+  thread_block.warps.assign(static_cast<size_t>((grid.threads + kWarp - 1) / kWarp), {});
+  thread_block.warpgroups.assign(static_cast<size_t>((grid.threads + kWarpgroup - 1) / kWarpgroup), {});
+  for (Barrier& barrier : thread_block.named) barrier = {};
 }
 
-void check_guard(const Block& block) {
+void check_guard(const ThreadBlock& thread_block) {
   for (size_t i = 0; i < kSharedAlignment; ++i)
-    if (block.shared[running->grid.shared_bytes + static_cast<int64_t>(i)] != 0xff)
+    if (thread_block.shared[running->grid.shared_bytes + static_cast<int64_t>(i)] != 0xff)
       throw std::runtime_error("emulator: " + running->name + ": a write behind the end of shared memory");
 }
 
 void run_cluster(int64_t first) {
   const Grid& grid = running->grid;
   for (int rank = 0; rank < grid.cluster; ++rank)
-    prepare(running->blocks[static_cast<size_t>(rank)], first + rank, rank);
+    prepare(running->thread_blocks[static_cast<size_t>(rank)], first + rank, rank);
   running->cluster = {};
   const size_t count = running->fibres.size();
   for (size_t i = 0; i < count; ++i) {
     Fibre& fibre = running->fibres[i];
     fibre = Fibre{};
-    fibre.block = &running->blocks[i / static_cast<size_t>(grid.threads)];
+    fibre.thread_block = &running->thread_blocks[i / static_cast<size_t>(grid.threads)];
     fibre.index = static_cast<int>(i % static_cast<size_t>(grid.threads));
     fibre.stack = stacks.get(i);
     getcontext(&fibre.context);
@@ -197,13 +197,13 @@ void run_cluster(int64_t first) {
   while (left) {
     const int64_t before = running->events;
     std::shuffle(warps.begin(), warps.end(), generator);
-    // Now and then some warps stand still until nothing else can go on: what another may overwrite is then read too
-    // late.
+    // Now and then some warps are held until no other warp can go on. A warp that is late in reading what another may
+    // already overwrite is found in this way.
     if (generator() % 32 == 0)
       for (size_t i = 0; i < held.size(); ++i) any_held |= held[i] = generator() % 4 == 0;
     for (const size_t warp : warps) {
       if (held[warp / kWarp]) continue;
-      // Lanes that share a block are a warp; blocks may be smaller than one.
+      // A thread block may have fewer threads than a warp.
       for (size_t i = warp; i < std::min(warp + kWarp, count); ++i) {
         Fibre& fibre = running->fibres[i];
         if (fibre.finished) continue;
@@ -223,17 +223,18 @@ void run_cluster(int64_t first) {
       run_deferred(generator() % running->deferred.size());
     }
   }
-  // A copy or a product that nobody waited for would come after the end of the block.
+  // A copy or a product that nobody waited for would happen after the end of the thread block.
   if (!running->deferred.empty())
-    throw std::runtime_error("emulator: " + running->name + ": a block ended with asynchronous work under way");
+    throw std::runtime_error("emulator: " + running->name + ": a thread block ended with asynchronous work under way");
   const auto check = [](const std::shared_ptr<State>& state) {
     if (state && state->unfinished())
       throw std::runtime_error("emulator: " + running->name + ": a thread ended with " + state->unfinished());
   };
   for (const Fibre& fibre : running->fibres) check(fibre.state);
-  for (const Block& block : running->blocks)
-    for (const Meeting& warpgroup : block.warpgroups) check(warpgroup.state);
-  for (const Block& block : running->blocks) check_guard(block);
+  for (const ThreadBlock& thread_block : running->thread_blocks) {
+    for (const Meeting& warpgroup : thread_block.warpgroups) check(warpgroup.state);
+    check_guard(thread_block);
+  }
 }
 
 void arrive(Barrier& barrier, int expected, const char* what) {
@@ -261,8 +262,8 @@ void later(std::function<void()> action) { running->deferred.push_back(std::move
 
 void run(const Grid& grid, const std::string& name, const std::function<void()>& kernel) {
   if (running) throw std::runtime_error("emulator: a kernel started from a kernel");
-  if (grid.cluster < 1 || grid.blocks % grid.cluster)
-    throw std::runtime_error("emulator: " + name + ": the blocks are no multiple of the cluster");
+  if (grid.cluster < 1 || grid.thread_blocks % grid.cluster)
+    throw std::runtime_error("emulator: " + name + ": the thread blocks are no multiple of the cluster");
   if (grid.threads < 1 || grid.threads > 1024) throw std::runtime_error("emulator: " + name + ": 1 to 1024 threads");
   if (grid.shared_bytes > shared_limit)
     throw std::runtime_error("emulator: " + name + ": this GPU gives a thread block " + std::to_string(shared_limit) +
@@ -271,11 +272,11 @@ void run(const Grid& grid, const std::string& name, const std::function<void()>&
   state.grid = grid;
   state.name = name;
   state.kernel = &kernel;
-  state.blocks.resize(static_cast<size_t>(grid.cluster));
+  state.thread_blocks.resize(static_cast<size_t>(grid.cluster));
   state.fibres.resize(static_cast<size_t>(grid.cluster) * static_cast<size_t>(grid.threads));
   running = &state;
   try {
-    for (int64_t first = 0; first < grid.blocks; first += grid.cluster) run_cluster(first);
+    for (int64_t first = 0; first < grid.thread_blocks; first += grid.cluster) run_cluster(first);
   } catch (...) {
     running = nullptr;
     throw;
@@ -285,25 +286,25 @@ void run(const Grid& grid, const std::string& name, const std::function<void()>&
 
 int warp_lanes() { return std::min(kWarp, running->grid.threads - current->index / kWarp * kWarp); }
 int thread_index() { return current->index; }
-int64_t block_index() { return current->block->index; }
-int64_t block_count() { return running->grid.blocks; }
-unsigned char* shared_memory() { return current->block->shared; }
+int64_t thread_block_index() { return current->thread_block->index; }
+int64_t thread_block_count() { return running->grid.thread_blocks; }
+unsigned char* shared_memory() { return current->thread_block->shared; }
 int64_t shared_bytes() { return running->grid.shared_bytes; }
 int cluster_size() { return running->grid.cluster; }
-int cluster_rank() { return current->block->rank; }
-unsigned char* shared_memory_of(int rank) { return running->blocks.at(static_cast<size_t>(rank)).shared; }
-unsigned char* async_view_of(int rank) { return running->blocks.at(static_cast<size_t>(rank)).async_view; }
+int cluster_rank() { return current->thread_block->rank; }
+unsigned char* shared_memory_of(int rank) { return running->thread_blocks.at(static_cast<size_t>(rank)).shared; }
+unsigned char* async_view_of(int rank) { return running->thread_blocks.at(static_cast<size_t>(rank)).async_view; }
 std::shared_ptr<State>& thread_state() { return current->state; }
 std::shared_ptr<State>& warpgroup_state() {
-  return current->block->warpgroups[static_cast<size_t>(current->index / 128)].state;
+  return current->thread_block->warpgroups[static_cast<size_t>(current->index / kWarpgroup)].state;
 }
 void publish_to_async_view() {
-  Block& block = *current->block;
-  std::memcpy(block.async_view, block.shared, static_cast<size_t>(running->grid.shared_bytes));
+  ThreadBlock& thread_block = *current->thread_block;
+  std::memcpy(thread_block.async_view, thread_block.shared, static_cast<size_t>(running->grid.shared_bytes));
 }
 
 uint32_t shared_address(const void* pointer) {
-  const int64_t offset = static_cast<const unsigned char*>(pointer) - current->block->shared;
+  const int64_t offset = static_cast<const unsigned char*>(pointer) - current->thread_block->shared;
   if (offset < 0 || offset > running->grid.shared_bytes) fail("the address of something outside shared memory");
   return static_cast<uint32_t>(offset);
 }
@@ -315,9 +316,9 @@ void wait_until(const std::function<bool()>& done, const char* what) {
 }
 
 void meet(int lanes, const char* what, void* argument, const std::function<void(void**)>& action) {
-  Block& block = *current->block;
-  Meeting& meeting = lanes == kWarp ? block.warps[static_cast<size_t>(current->index / kWarp)]
-                                    : block.warpgroups[static_cast<size_t>(current->index / 128)];
+  ThreadBlock& thread_block = *current->thread_block;
+  Meeting& meeting = lanes == kWarp ? thread_block.warps[static_cast<size_t>(current->index / kWarp)]
+                                    : thread_block.warpgroups[static_cast<size_t>(current->index / kWarpgroup)];
   const int expected = lanes == kWarp ? warp_lanes() : lanes;
   if (meeting.arrived == 0) meeting.what = what;
   if (std::strcmp(meeting.what, what) != 0)
@@ -334,11 +335,11 @@ void meet(int lanes, const char* what, void* argument, const std::function<void(
   wait_until([&] { return meeting.generation != generation; }, what);
 }
 
-void sync_block() { arrive(current->block->named[0], running->grid.threads, "sync_block"); }
+void sync_thread_block() { arrive(current->thread_block->named[0], running->grid.threads, "sync_thread_block"); }
 void sync_named(int id, int threads) {
   if (id < 1 || id >= kNamedBarriers) fail("a named barrier has a number from 1 to 15");
   if (threads % kWarp) fail("a named barrier takes whole warps");
-  arrive(current->block->named[id], threads, "sync_named");
+  arrive(current->thread_block->named[id], threads, "sync_named");
 }
 void sync_cluster() { arrive(running->cluster, running->grid.cluster * running->grid.threads, "sync_cluster"); }
 void sync_warp() {

@@ -5,18 +5,16 @@
 #include <memory>
 #include <vector>
 
-#include "../common/dtypes.h"
-
 namespace riformer::emulator {
 namespace {
 
 constexpr int kWarpgroup = 128;
 
-// What a barrier's eight bytes hold here.
+// What the eight bytes of a barrier hold on the emulator.
 struct Barrier {
-  int16_t expected;
-  int16_t pending;
-  int32_t bytes_and_phase;  // bytes to come, times two, plus the phase's parity
+  int16_t expected;         // arrivals that complete a phase
+  int16_t pending;          // arrivals that the current phase still waits for
+  int32_t bytes_and_phase;  // twice the bytes that the copy engine still has to write, plus the parity of the phase
 
   int parity() const { return bytes_and_phase & 1; }
   int32_t bytes() const { return bytes_and_phase >> 1; }
@@ -49,7 +47,8 @@ struct Product {
   const uint32_t* a[kWarpgroup];
   uint64_t a_descriptor, b_descriptor;
   int n;
-  bool from_registers, add, is_bf16;
+  bool from_registers, add;
+  DType dtype;
 };
 
 struct Products : State {
@@ -61,23 +60,23 @@ struct Products : State {
   }
 };
 
-float value(const unsigned char* at, bool is_bf16) {
-  uint16_t bits;
-  std::memcpy(&bits, at, 2);
-  return is_bf16 ? widen(bf16{bits}) : widen(f16{bits});
+// The swizzle of the copy engine and of wgmma for rows of 128 or 64 bytes. It acts on the address in shared memory.
+int64_t swizzled(int64_t address, int64_t row_bytes) {
+  return address ^ (address >> 3 & (row_bytes == 128 ? 0x70 : 0x30));
 }
 
-// Element (row, k) of a matrix as the hardware finds it: the swizzle acts on the address, not on the row's number.
-float element(uint64_t descriptor, int row, int k, bool is_bf16) {
+// Element (row, k) of the matrix that a descriptor describes, as the hardware finds it.
+float element(uint64_t descriptor, int row, int k, DType dtype) {
   const int64_t start = static_cast<int64_t>(descriptor & 0x3fff) << 4;
   const int64_t group = static_cast<int64_t>(descriptor >> 32 & 0x3fff) << 4;
   const int mode = static_cast<int>(descriptor >> 62);
   if (mode != 1 && mode != 2) fail("a descriptor without one of the swizzles in use");
   const int64_t row_bytes = mode == 1 ? 128 : 64;
-  const int64_t offset = start + row / 8 * group + row % 8 * row_bytes + 2 * k;
-  const int64_t at = offset ^ (offset >> 3 & (mode == 1 ? 0x70 : 0x30));
+  const int64_t at = swizzled(start + row / 8 * group + row % 8 * row_bytes + 2 * k, row_bytes);
   if (at < 0 || at + 2 > shared_bytes()) fail("a descriptor points outside shared memory");
-  return value(async_view_of(cluster_rank()) + at, is_bf16);
+  uint16_t bits;
+  std::memcpy(&bits, async_view_of(cluster_rank()) + at, 2);
+  return operand_value(bits, dtype);
 }
 
 void perform(const Product& product) {
@@ -85,19 +84,18 @@ void perform(const Product& product) {
   std::vector<float> b(static_cast<size_t>(product.n) * 16);
   for (int row = 0; row < product.n; ++row)
     for (int k = 0; k < 16; ++k)
-      b[static_cast<size_t>(row * 16 + k)] = element(product.b_descriptor, row, k, product.is_bf16);
+      b[static_cast<size_t>(row * 16 + k)] = element(product.b_descriptor, row, k, product.dtype);
   if (product.from_registers) {
     for (int thread = 0; thread < kWarpgroup; ++thread)
       for (int i = 0; i < 4; ++i)
         for (int half = 0; half < 2; ++half) {
           const int row = thread / 32 * 16 + thread % 32 / 4 + 8 * (i % 2), k = 2 * (thread % 4) + half + 8 * (i / 2);
           const uint32_t word = product.a[thread][i];
-          const auto bits = static_cast<uint16_t>(half ? word >> 16 : word & 0xffff);
-          a[row][k] = product.is_bf16 ? widen(bf16{bits}) : widen(f16{bits});
+          a[row][k] = operand_value(static_cast<uint16_t>(half ? word >> 16 : word & 0xffff), product.dtype);
         }
   } else {
     for (int row = 0; row < 64; ++row)
-      for (int k = 0; k < 16; ++k) a[row][k] = element(product.a_descriptor, row, k, product.is_bf16);
+      for (int k = 0; k < 16; ++k) a[row][k] = element(product.a_descriptor, row, k, product.dtype);
   }
   for (int thread = 0; thread < kWarpgroup; ++thread)
     for (int i = 0; i < product.n / 2; ++i) {
@@ -143,34 +141,34 @@ void barrier_wait(uint64_t* barrier, int parity) {
       "barrier_wait");
 }
 
-void copy_box(void* shared, const TensorMap& map, uint64_t* barrier, int column, int row, unsigned blocks) {
-  const int64_t start = shared_address(shared);
-  const int row_bytes = 2 * map.box_columns;
-  if (row_bytes != map.swizzle) fail("a box whose rows are not as wide as their swizzle");
-  if (start % (8 * map.swizzle)) fail("a box that does not start where its swizzle does");
-  if (start + static_cast<int64_t>(row_bytes) * map.box_rows > shared_bytes()) fail("a box outside shared memory");
-  if (blocks >> cluster_size()) fail("a copy to a block that the cluster does not have");
+void copy_box(void* shared, const TensorMap& map, uint64_t* barrier, int column, int row, unsigned ranks) {
+  const int64_t start = shared_address(shared), row_bytes = map.box_row_bytes(), bytes = row_bytes * map.box_rows;
+  if (row_bytes != 128 && row_bytes != 64) fail("a box whose rows are as wide as none of the swizzles in use");
+  if (start % (8 * row_bytes)) fail("a box that does not start where its swizzle does");
+  if (start + bytes > shared_bytes()) fail("a box outside shared memory");
+  if (ranks >> cluster_size()) fail("a copy to a thread block that the cluster does not have");
   if (row < 0 || column < 0) fail("a box that starts before the matrix");
   for (int rank = 0; rank < cluster_size(); ++rank) {
-    if (!(blocks >> rank & 1)) continue;
+    if (!(ranks >> rank & 1)) continue;
     uint64_t* reported = barrier_of(barrier, rank);
     unsigned char* views[2] = {shared_memory_of(rank), async_view_of(rank)};
     const TensorMap from = map;
     later([=] {
+      const int size = from.element_bytes;
       for (int r = 0; r < from.box_rows; ++r)
         for (int c = 0; c < from.box_columns; ++c) {
-          const int64_t offset = start + r * row_bytes + 2 * c;
-          const int64_t at = offset ^ (offset >> 3 & (from.swizzle == 128 ? 0x70 : 0x30));
+          const int64_t at = swizzled(start + r * row_bytes + c * size, row_bytes);
+          const bool inside = row + r < from.rows && column + c < from.columns;
+          const int64_t index = (row + r) * from.columns + column + c;
           for (unsigned char* view : views) {
-            if (row + r < from.rows && column + c < from.columns)
-              std::memcpy(view + at,
-                          static_cast<const unsigned char*>(from.base) + (row + r) * from.row_bytes + 2 * (column + c),
-                          2);
+            if (inside)
+              std::memcpy(view + at, static_cast<const unsigned char*>(from.base) + index * size,
+                          static_cast<size_t>(size));
             else
-              std::memset(view + at, 0, 2);
+              std::memset(view + at, 0, static_cast<size_t>(size));
           }
         }
-      update(reported, 0, -row_bytes * from.box_rows);
+      update(reported, 0, static_cast<int32_t>(-bytes));
     });
   }
 }
@@ -179,7 +177,7 @@ void product_fence() {
   meet(kWarpgroup, "product_fence", nullptr, [](void**) { products().fenced = true; });
 }
 
-void product(float* d, int n, const uint32_t* a, uint64_t a_descriptor, uint64_t b_descriptor, bool add, bool is_bf16) {
+void product(float* d, int n, const uint32_t* a, uint64_t a_descriptor, uint64_t b_descriptor, bool add, DType dtype) {
   struct Mine {
     float* d;
     const uint32_t* a;
@@ -194,7 +192,7 @@ void product(float* d, int n, const uint32_t* a, uint64_t a_descriptor, uint64_t
     made.n = n;
     made.from_registers = a != nullptr;
     made.add = add;
-    made.is_bf16 = is_bf16;
+    made.dtype = dtype;
     for (int thread = 0; thread < kWarpgroup; ++thread) {
       const Mine& its = *static_cast<Mine*>(all[thread]);
       if (its.a_descriptor != a_descriptor || its.b_descriptor != b_descriptor || its.add != add)

@@ -21,7 +21,7 @@ EMULATOR = ("emulator.cpp", "ampere.cpp", "hopper.cpp")
 
 
 def built(source: str, folder: Path, *options: str, root: Path = ROOT) -> Path:
-    """A program of `tests/emulated` with the emulator of ``root``."""
+    """A program of `tests/gpu/emulated` with the emulator of ``root``."""
     program = folder / source.removesuffix(".cpp")
     files = [root / "tests" / "gpu" / "emulated" / source, *(root / "csrc" / "emulator" / name for name in EMULATOR)]
     done = subprocess.run(

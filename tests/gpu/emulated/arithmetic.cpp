@@ -5,10 +5,10 @@
 #include <cstring>
 #include <vector>
 
-#include "../../csrc/cuda/block_sm90.h"
-#include "../../csrc/cuda/choice.h"
-#include "../../csrc/cuda/gelu.h"
-#include "../../csrc/cuda/slot_sm90.h"
+#include "../../../csrc/cuda/block_fused_sm90.h"
+#include "../../../csrc/cuda/block_choice.h"
+#include "../../../csrc/cuda/gelu.h"
+#include "../../../csrc/cuda/slot_sm90.h"
 
 namespace rf = riformer::cuda;
 
@@ -40,19 +40,19 @@ static void check_slots(int64_t images, int64_t positions, bool per_image) {
       expect(slot.first / positions == (slot.first + slot.rows - 1) / positions, "a slot of two images", images,
              positions, index);
     next = slot.first + slot.rows;
-    const rf::Slot short_form = rf::slot_of(args, static_cast<int>(count), static_cast<int>(index));
-    expect(short_form.first == slot.first && short_form.rows == slot.rows, "slot_of", images, positions, index);
+    const rf::Slot short_form = rf::slot_at_32(args, static_cast<int>(count), static_cast<int>(index));
+    expect(short_form.first == slot.first && short_form.rows == slot.rows, "slot_at_32", images, positions, index);
     expect(rf::image_of(args, slot.first) == slot.first / positions, "image_of", images, positions, index);
   }
   expect(next == rows, "rows left over", images, positions, next);
-  expect(rf::slot_of(args, static_cast<int>(count), static_cast<int>(count)).rows == 0, "a slot behind the last",
+  expect(rf::slot_at_32(args, static_cast<int>(count), static_cast<int>(count)).rows == 0, "a slot behind the last",
          images, positions, count);
 }
 
 // Every 16 bytes of a tile have a place of their own, and eight rows below each other lie in different banks.
-template <int Block>
+template <int Strip>
 static void check_tile(int channels) {
-  using Tile = rf::SlotTile<Block>;
+  using Tile = rf::SlotTile<riformer::bf16, Strip>;
   std::vector<char> taken(static_cast<size_t>(128 * channels), 0);
   for (int row = 0; row < 64; ++row)
     for (int c = 0; c < channels; c += 8) {
@@ -60,8 +60,8 @@ static void check_tile(int channels) {
       const bool fits = at >= 0 && at % 16 == 0 && at + 16 <= 128 * channels && !taken[static_cast<size_t>(at)];
       expect(fits, "a place in a tile", channels, row, c);
       if (fits) taken[static_cast<size_t>(at)] = 1;
-      const int in_piece = c % Block * 2 + row * 2 * Block;
-      expect(at == c / Block * Tile::kPieceBytes + rf::swizzled<2 * Block>(in_piece), "the two ways to swizzle",
+      const int in_strip = c % Strip * 2 + row * 2 * Strip;
+      expect(at == c / Strip * Tile::kStripBytes + rf::swizzled<2 * Strip>(in_strip), "the two ways to swizzle",
              channels, row, c);
     }
   for (int row = 0; row < 64; row += 8)
@@ -76,7 +76,7 @@ static void check_tile(int channels) {
 static void check_spread(int columns) {
   std::vector<int> taken(static_cast<size_t>(64 * columns / 8), 0);
   for (int t = 0; t < 128; ++t) {
-    const rf::Spread mine = rf::spread(columns, t);
+    const rf::NormShare mine = rf::norm_share(columns, t);
     for (int row = mine.row; row < 64; row += mine.step) ++taken[static_cast<size_t>(row * columns / 8 + mine.piece)];
   }
   for (const int times : taken) expect(times == 1, "a piece of a row", columns, times, 0);
@@ -85,7 +85,7 @@ static void check_spread(int columns) {
 // The turns of a fused kernel's thread blocks take every slot once, and those of a cluster are equally many.
 template <int C>
 static void check_turns() {
-  using Config = rf::FusedConfig<C>;
+  using Config = rf::FusedConfig<riformer::bf16, C>;
   for (int processors : {1, 2, 3, 132})
     for (int slots = 1; slots < 1200; slots += slots < 40 ? 1 : 37) {
       const int turns = (slots + Config::kSlotsPerTurn - 1) / Config::kSlotsPerTurn;

@@ -12,7 +12,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "../../csrc/cuda/hopper.h"
+#include "../../../csrc/cuda/hopper.h"
 
 namespace rf = riformer::cuda;
 using riformer::bf16;
@@ -79,7 +79,7 @@ static void warpgroup(bool from_registers) {
       fill<Bytes>(b, N, piece, right);
     }
     rf::fence_async();
-    rf::sync_block();
+    rf::sync_thread_block();
     expect(rf::descriptor<Bytes>(b) == their_descriptor<Bytes>(rf::shared_address(b)), "a descriptor", N, Bytes);
     float d[N / 2];
     uint32_t registers[4] = {};

@@ -1,27 +1,24 @@
-// One block in one kernel, 16-bit tokens: norm, expand, GELU, project, layer scale, residual and moments, with
-// mma.m16n8k16.
+// The whole block in one kernel for sm_80, 16-bit tokens: norm, expand, GELU, project, layer scale, residual and
+// moments, with mma.m16n8k16.
 //
-// A thread block takes 128 rows, two slots, and walks over the hidden channels. Each warp has its own rows (32 or 16)
-// and all columns: z stays in registers as the first product's operand, the first product's sums become the second's
-// operand by GELU and rounding, lane by lane, and the second product's sums [rows, C] stay until the end. Only the
-// weights move: `kHidden` hidden channels of both matrices at a time go through a ring of `kStages` stages,
-// asynchronously.
+// A thread block takes 128 rows, which are two slots, and goes through the hidden channels, `kHidden` at a time. Each
+// warp has its own rows (32 or 16) and all columns. z stays in registers as an operand of the first product. GELU turns
+// the first product's sums into an operand of the second product, each lane for itself. The second product's sums
+// [rows, C] stay in registers until the end. Only the weights move: `kHidden` hidden channels of both matrices come at
+// a time, asynchronously, through a ring of `kStages` stages.
 //
-// Shared memory: where the slots are; x [128, C], swizzled, which the results replace in place before they are
-// stored; then the stages, each fc1's rows [kHidden, C], fc2's columns [C, kHidden], both swizzled, and kHidden
+// Shared memory: the places of the slots; x [128, C], swizzled, in whose place the results are written before they are
+// stored; the stages. A stage is rows of fc1 [kHidden, C], columns of fc2 [C, kHidden], both swizzled, and kHidden
 // biases.
 //
-// Cost per row: 8 C^2 multiply-adds (hidden = 4 C) and 4 C GELUs of 14 instructions; a multiprocessor of an A100 does
-// 1024 of the former or 64 of the latter's in a cycle, so GELU is the longer of the two up to C = 112. From memory x
-// and out alone, 4 C bytes. From L2 every block reads the weights: 16 bytes a cycle at the full matrix rate with 128
-// rows, which is why a block has two slots; 64 rows would need 32, near what L2 gives.
+// Cost per row: 8 C^2 multiply-adds (hidden = 4 C) and 4 C GELUs of 14 instructions. A multiprocessor of an A100 does
+// 1024 multiply-adds or 64 of these instructions in a cycle, so GELU takes longer up to C = 112. Every thread block
+// reads all weights from L2: 16 bytes a cycle at the full matrix rate. With one slot to a thread block it would be 32,
+// near the limit.
 //
-// ldmatrix of the weights takes 128 bytes per mma with 32 rows to a warp, half of what shared memory gives in its
-// time; with 16 rows all of it. C = 96 and 128 have 32 rows (255 registers, 8 warps to a multiprocessor); C = 64,
-// bound by GELU, gains more from 16 warps with 16 rows each (128 registers); the sums of 32 rows of C = 192 do not
-// fit into registers. C = 320 and 384 are left to the two kernels: sums of 160 and 192 registers with 16 rows leave
-// none for z, which would be read again for every 16 hidden channels, and shared memory would hold the matrix units
-// below 60 %.
+// C = 96 and 128 have 32 rows to a warp (255 registers, 8 warps to a multiprocessor), which halves what ldmatrix reads
+// of the weights. C = 64 gains more from 16 warps of 16 rows. The sums of 32 rows of C = 192 do not fit into registers,
+// and those of C = 320 and 384 leave none for z with 16 rows either: these are left to the pair of kernels.
 #pragma once
 
 #include <sstream>
@@ -29,17 +26,16 @@
 
 #include "fragments_sm80.h"
 #include "launch.h"
-#include "launch_sm80.h"
 #include "slot_epilogue.h"
 
 namespace riformer::cuda::sm80 {
 
-// RowTiles: of 16 rows, of a warp. Step: hidden channels between two GELUs. Blocks: that are to share a
-// multiprocessor.
-template <int Channels, int RowTiles, int Hidden, int Step, int Stages, int Blocks>
+// RowTiles: how many times 16 rows a warp has. Hidden: hidden channels of a stage. Step: hidden channels of which the
+// first product is complete before GELU. PerMultiprocessor: thread blocks that have to fit on one at a time.
+template <int Channels, int RowTiles, int Hidden, int Step, int Stages, int PerMultiprocessor>
 struct FusedShape {
   static constexpr int kChannels = Channels, kRowTiles = RowTiles, kHidden = Hidden, kStep = Step, kStages = Stages;
-  static constexpr int kBlocks = Blocks;
+  static constexpr int kPerMultiprocessor = PerMultiprocessor;
   static constexpr int kSlots = 2, kRows = kSlots * kSlotRows;
   static constexpr int kWarps = kRows / (16 * RowTiles), kThreads = kWarps * kWarp;
   static constexpr int kPieces = Channels / 8, kHiddenPieces = Hidden / 8;
@@ -48,7 +44,7 @@ struct FusedShape {
   static constexpr int kSharedBytes = kPlaceBytes + kTokenBytes + Stages * kStageBytes;
   static_assert(kSlots * sizeof(SlotPlace) <= kPlaceBytes, "the places do not fit");
   static_assert(Channels % 16 == 0 && Hidden % Step == 0 && Step % 16 == 0 && Stages >= 2, "k goes in steps of 16");
-  static_assert(kSharedBytes <= 99 * 1024, "what a block may use on sm_86 and sm_89");
+  static_assert(kSharedBytes <= 99 * 1024, "what a thread block may use on sm_86 and sm_89");
 };
 
 template <int Channels>
@@ -62,7 +58,7 @@ struct FusedFor<128> : FusedShape<128, 2, 16, 16, 3, 2> {};
 template <>
 struct FusedFor<192> : FusedShape<192, 1, 32, 32, 2, 1> {};
 
-// Starts the copies of one stage.
+// Starts the copies of one stage, which has the hidden channels from `hidden` on.
 template <class Shape>
 RIFORMER_DEVICE void copy_stage(const BlockKernelArgs& args, unsigned char* stage, int hidden) {
   constexpr int C = Shape::kChannels;
@@ -76,7 +72,7 @@ RIFORMER_DEVICE void copy_stage(const BlockKernelArgs& args, unsigned char* stag
     copy_async_16(stage + 2 * Shape::kMatrixBytes + 16 * thread, args.constants + hidden + 4 * thread, true);
 }
 
-// fc1's sums for `Step` hidden channels from `at`, which start as the biases.
+// The first product, for kStep hidden channels of a stage from `at` on. The sums start as the biases.
 template <class T, class Shape>
 RIFORMER_DEVICE void expand_step(float (&h)[Shape::kRowTiles][Shape::kStep / 8][4],
                                  const uint32_t (&z)[Shape::kChannels / 16][Shape::kRowTiles][4],
@@ -106,8 +102,8 @@ RIFORMER_DEVICE void expand_step(float (&h)[Shape::kRowTiles][Shape::kStep / 8][
   }
 }
 
-// GELU of those sums, and what they add to fc2's. A lane's places in the sums of 16 x 16 are its places in an
-// operand.
+// GELU of those sums, and the second product over these hidden channels. A lane's places in sums of 16 x 16 are its
+// places in an operand, so no lane needs a value of another.
 template <class T, class Shape>
 RIFORMER_DEVICE void project_step(float (&sums)[Shape::kRowTiles][Shape::kPieces][4],
                                   const float (&h)[Shape::kRowTiles][Shape::kStep / 8][4],
@@ -137,18 +133,20 @@ RIFORMER_DEVICE void project_step(float (&sums)[Shape::kRowTiles][Shape::kPieces
 }
 
 template <class T, class Shape, RowMode Mode>
-RIFORMER_KERNEL(Shape::kThreads, Shape::kBlocks)
+RIFORMER_KERNEL(Shape::kThreads, Shape::kPerMultiprocessor)
 fused_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
+  static_assert(sizeof(T) == 2, "a piece is eight channels");
   constexpr int C = Shape::kChannels, kTiles = Shape::kRowTiles;
   auto* const places = reinterpret_cast<SlotPlace*>(shared_memory());
   unsigned char* const tokens = shared_memory() + kPlaceBytes;
   unsigned char* const ring = tokens + Shape::kTokenBytes;
   const int thread = thread_index(), lane = thread % kWarp, warp = thread / kWarp;
-  const int first_row = warp * 16 * kTiles;  // of the warp, in the block
+  const int first_row = warp * 16 * kTiles;  // of the warp, in the thread block
 
+  // Start the copies of x and of the first stages.
   RIFORMER_UNROLL
   for (int i = 0; i < Shape::kSlots; ++i) {
-    const SlotPlace place = place_of<Mode>(args, block_index() * Shape::kSlots + i);
+    const SlotPlace place = place_of<Mode>(args, thread_block_index() * Shape::kSlots + i);
     if (thread == 0) places[i] = place;
     copy_tile<Shape::kPieces, kSlotRows, Shape::kThreads>(tokens + i * kSlotRows * 2 * C,
                                                           static_cast<const uint16_t*>(args.x) + place.slot.first * C,
@@ -159,8 +157,9 @@ fused_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
     if (i * Shape::kHidden < args.hidden) copy_stage<Shape>(args, ring + i * Shape::kStageBytes, i * Shape::kHidden);
     copy_async_commit();
   }
-  copy_async_wait<Shape::kStages - 2>();  // x came with the first stage
-  sync_block();
+  // x came with the first stage. Norm it, in registers.
+  copy_async_wait<Shape::kStages - 2>();
+  sync_thread_block();
   uint32_t z[C / 16][kTiles][4];
   {
     WarpRows<kTiles, Mode> rows{};
@@ -168,8 +167,8 @@ fused_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
     const TileReader<Shape::kPieces, LaneOfA> reader(tokens, lane);
     RIFORMER_UNROLL
     for (int k = 0; k < C / 16; ++k) {
-      // Never true: a branch keeps the compiler from loading the maps of all channels at once, and running out of
-      // registers.
+      // Never true, as args.channels is C. The branch keeps the compiler from loading the maps of all channels at once,
+      // for which there are not enough registers.
       if (16 * k >= args.channels) break;
       const int channel = 16 * k + 2 * (lane % 4);
       ChannelMaps<Mode == RowMode::position> maps;
@@ -184,12 +183,15 @@ fused_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
   int current = 0;  // stage of the ring
   RIFORMER_NO_UNROLL
   for (int hidden = 0; hidden < args.hidden; hidden += Shape::kHidden) {
+    // Wait for this stage. After the barrier all threads have it, and are done with the stage that is filled next.
     copy_async_wait<Shape::kStages - 2>();
-    sync_block();  // everyone has this stage, and is done with the one that is filled next
+    sync_thread_block();
+    // Start the copies of a later stage.
     const int next = hidden + (Shape::kStages - 1) * Shape::kHidden;
     const int free = current ? current - 1 : Shape::kStages - 1;
     if (next < args.hidden) copy_stage<Shape>(args, ring + free * Shape::kStageBytes, next);
     copy_async_commit();
+    // Both products over the hidden channels of this stage.
     const unsigned char* const stage = ring + current * Shape::kStageBytes;
     const TileReader<Shape::kPieces, LaneOfB> fc1(stage, lane);
     const TileReader<Shape::kHiddenPieces, LaneOfB> fc2(stage + Shape::kMatrixBytes, lane);
@@ -203,12 +205,14 @@ fused_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
     current = current + 1 == Shape::kStages ? 0 : current + 1;
   }
 
+  // Finish the rows in the place of x.
   {
     WarpRows<kTiles, Mode> rows{};
     rows.find(args, places[first_row / kSlotRows], first_row % kSlotRows, lane);
     finish_fragments<T, Shape::kPieces>(args, rows, tokens + first_row * 2 * C, 0, 0, sums, lane);
   }
-  sync_block();
+  // Store them, and take the moments of each slot.
+  sync_thread_block();
   for (int i = 0; i < Shape::kSlots; ++i) {
     const Slot at = places[i].slot;
     if (!at.rows) continue;
@@ -218,24 +222,16 @@ fused_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
                Shape::kThreads);
     if (args.partials)
       slot_moments<T>(place, at.rows, Shape::kPieces, warp, Shape::kWarps,
-                      args.partials + (block_index() * Shape::kSlots + i) * 2 * C, C);
+                      args.partials + (thread_block_index() * Shape::kSlots + i) * 2 * C, C);
   }
 }
 
 template <class Shape>
-int64_t fused_blocks(int64_t slots) {
+int64_t fused_thread_blocks(int64_t slots) {
   return (slots + Shape::kSlots - 1) / Shape::kSlots;
 }
 
-template <class T, class Shape>
-void launch_fused(const BlockKernelArgs& args, const Device& device) {
-  const int64_t slots = slot_count(args.rows, args.positions, args.slots_per_image);
-  Launch how{"riformer block sm80 fused", fused_blocks<Shape>(slots), Shape::kThreads, Shape::kSharedBytes};
-  how.stream = device.stream;
-  with_row_mode(args, [&](auto mode) { launch(fused_kernel<T, Shape, decltype(mode)::value>, how, args); });
-}
-
-// `act` on the shape for these channels; false where there is none.
+// Calls `act` with the shape for these channels. Returns false if there is none.
 template <class Act>
 bool with_fused_shape(int64_t channels, const Act& act) {
   switch (channels) {
@@ -247,16 +243,30 @@ bool with_fused_shape(int64_t channels, const Act& act) {
   }
 }
 
-}  // namespace riformer::cuda::sm80
-
-namespace riformer::cuda {
-
-template <class T>
-void launch_fused_sm80(const BlockKernelArgs& args, const Device& device) {
-  if (!fused_serves(args.channels, args.hidden))
-    throw std::runtime_error("riformer: " + describe_fused_sm80(args.channels) + " does not take " +
-                             std::to_string(args.hidden) + " hidden channels; use the two kernels");
-  sm80::with_fused_shape(args.channels, [&](auto shape) { sm80::launch_fused<T, decltype(shape)>(args, device); });
+inline std::string describe_fused(int64_t channels) {
+  std::ostringstream out;
+  if (!with_fused_shape(channels, [&](auto shape) {
+        using Shape = decltype(shape);
+        out << "sm80 fused, " << Shape::kRows << " rows x " << Shape::kChannels << " channels, " << Shape::kHidden
+            << " hidden at a time, " << Shape::kWarps << " warps, " << Shape::kStages << " stages";
+      }))
+    out << "sm80 fused, no kernel for " << channels << " channels";
+  return out.str();
 }
 
-}  // namespace riformer::cuda
+template <class T>
+void launch_fused(const BlockKernelArgs& args, const Device& device) {
+  const int64_t slots = slot_count(args.rows, args.positions, args.slots_per_image);
+  const bool found = with_fused_shape(args.channels, [&](auto shape) {
+    using Shape = decltype(shape);
+    if (args.hidden % Shape::kHidden)
+      throw std::runtime_error("riformer: " + describe_fused(args.channels) + " does not take " +
+                               std::to_string(args.hidden) + " hidden channels; use the pair of kernels");
+    Launch how{"riformer block sm80 fused", fused_thread_blocks<Shape>(slots), Shape::kThreads, Shape::kSharedBytes};
+    how.stream = device.stream;
+    with_row_mode(args, [&](auto mode) { launch(fused_kernel<T, Shape, decltype(mode)::value>, how, args); });
+  });
+  if (!found) throw std::runtime_error("riformer: " + describe_fused(args.channels));
+}
+
+}  // namespace riformer::cuda::sm80
