@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/ops.h"
 #include "host.h"
 
 namespace {
@@ -217,6 +218,7 @@ std::tuple<Tensor, Tensor> block(const Tensor& x, const OptionalTensor& moments,
   return {in_layout_of(x, out), out_moments};
 }
 
+// The trailing underscore is PyTorch's mark of an op that writes over its arguments.
 void block_(Tensor x, OptionalTensor moments, RIFORMER_BLOCK_PARAMETERS) {
   check_served(x, "block");
   Call call(x);
@@ -299,12 +301,7 @@ STABLE_TORCH_LIBRARY_IMPL(riformer_emulated, CPU, library) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(riformer_cuda, CUDA, library) {
 #endif
-  library.impl("moments", TORCH_BOX(&moments));
-  library.impl("embed", TORCH_BOX(&embed));
-  library.impl("block", TORCH_BOX(&block));
-  library.impl("block_", TORCH_BOX(&block_));
-  library.impl("norm", TORCH_BOX(&norm));
-  library.impl("head", TORCH_BOX(&head));
+  RIFORMER_FOR_EACH_OP(RIFORMER_REGISTER_OP)
 }
 
 // For Python, through ctypes. A returned text is valid until the calling thread's next call of the same function.
