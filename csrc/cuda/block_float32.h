@@ -1,23 +1,24 @@
-// One block in two kernels, float32 tokens, on the ordinary multiply-add units: `expand` (norm, fc1, GELU) into the
-// hidden tensor and `project` (fc2, layer scale, residual, moments) from it. For any C and hidden that are multiples
-// of 8.
+// The block as a pair of kernels for float32 tokens, with ordinary multiply-adds: `expand` (norm, fc1, GELU) writes the
+// hidden tensor, `project` (fc2, layer scale, residual, moments) reads it. For any C and hidden that are multiples of
+// 8, and for every architecture.
 //
-// A thread block makes a tile of one slot (64 rows) x 64 columns; a thread 4 rows x 8 columns of it, 16 and 8 apart.
-// k comes 32 at a time: rows through registers, where `expand` norms them, weights by asynchronous copies into one of
-// two stages, so that the next 32 are under way meanwhile. The 32 products of a piece are summed on their own and
-// then added: one chain over all of k (3072 at the widest) has more error than PyTorch's, which adds pieces.
+// A thread block makes a tile of one slot (64 rows) x 64 columns. A thread makes 4 rows x 8 columns of it, which are 16
+// rows and 8 columns apart. k comes in steps of 32, through two stages of shared memory: while one is multiplied by,
+// the next is loaded. Weights are copied asynchronously; rows go through registers, where `expand` norms them. The 32
+// products of a step are summed on their own and then added, because one chain over all of k (3072 at the widest) has a
+// larger error than PyTorch's sums, which are made of parts too.
 //
-// Shared memory: two stages of rows [64, 36] and weights [64, 36] float32. 36, not 32: eight rows of one column of 16
-// bytes lie in eight different banks of 16 bytes. `project` takes its moments from a tile [64, 68] over them.
+// Shared memory: two stages of rows [64, 36] and weights [64, 36] in float32. A row has 36 values and not 32, so that
+// the same piece of eight rows lies in eight different groups of banks. The results take their place as a tile [64,
+// 68].
 //
-// Cost: 12 reads of 16 bytes for 128 multiply-adds of a thread, so the multiply-adds bound it (64 or 128 a cycle), at
-// 8 C^2 per row for hidden = 4 C.
+// Cost: a thread reads 12 pieces for 128 multiply-adds, so the multiply-adds are the limit (64 or 128 a cycle), 8 C^2
+// of them per row for hidden = 4 C.
 #pragma once
 
 #include "block_args.h"
 #include "gelu.h"
 #include "launch.h"
-#include "block_launch.h"
 #include "slot_epilogue.h"
 
 namespace riformer::cuda::float32 {
@@ -27,9 +28,10 @@ constexpr int kPitch = kDepth + 4, kOutPitch = kColumns + 4;  // in floats
 constexpr int kRowsOfThread = 4, kColumnsOfThread = 8;
 constexpr int kStageFloats = (kSlotRows + kColumns) * kPitch;
 constexpr int kSharedBytes = 2 * kStageFloats * 4;
-constexpr int kPieces = kDepth / 4;                     // of 16 bytes in a row of a stage
-constexpr int kLoads = kSlotRows * kPieces / kThreads;  // of a thread for the rows, and for the weights
-static_assert(kSlotRows * kOutPitch * 4 <= kSharedBytes && kColumns == kSlotRows, "");
+constexpr int kPieces = kDepth / 4;                     // in a row of a stage
+constexpr int kLoads = kSlotRows * kPieces / kThreads;  // pieces of the rows that a thread loads, and of the weights
+static_assert(kSlotRows * kOutPitch * 4 <= kSharedBytes && kColumns == kSlotRows,
+              "the results fit into the stages, and rows and weights are loaded in the same way");
 
 struct alignas(16) Four {
   float value[4];
@@ -37,6 +39,7 @@ struct alignas(16) Four {
 RIFORMER_DEVICE Four load_four(const float* from) { return *reinterpret_cast<const Four*>(from); }
 RIFORMER_DEVICE void store_four(float* to, const Four& four) { *reinterpret_cast<Four*>(to) = four; }
 
+// The tile of a thread block.
 struct Tile {
   int64_t slot;
   Slot rows;
@@ -50,7 +53,7 @@ struct Tile {
   }
 };
 
-// The maps of a row's image; there is one for all with LayerNorm.
+// The maps of a row's image. With LayerNorm there is one set of maps for all.
 RIFORMER_DEVICE const float* maps_of_row(const BlockKernelArgs& args, const Tile& tile, int64_t row) {
   int64_t image = 0;
   if (!args.statistics) image = args.slots_per_image ? tile.slot / args.slots_per_image : row / args.positions;
@@ -59,7 +62,7 @@ RIFORMER_DEVICE const float* maps_of_row(const BlockKernelArgs& args, const Tile
 
 using Sums = float[kRowsOfThread][kColumnsOfThread];
 
-// sums += rows weights^T; `load(row, k)` gives four values of a row of the slot.
+// sums += rows weights^T. `load(i, row, k)` returns four values of a row of the slot, which is the thread's i-th.
 template <class Load>
 RIFORMER_DEVICE void product(const Tile& tile, const Load& load, const float* weights, int columns, int depth,
                              Sums& sums) {
@@ -67,6 +70,7 @@ RIFORMER_DEVICE void product(const Tile& tile, const Load& load, const float* we
   const int thread = thread_index(), row = thread / kPieces, piece = thread % kPieces;
   constexpr int kStep = kThreads / kPieces;
   Four next[kLoads];
+  // Starts to load a stage: the rows into registers, the weights into shared memory.
   const auto fetch = [&](int k, float* stage) {
     RIFORMER_UNROLL
     for (int i = 0; i < kLoads; ++i) {
@@ -78,6 +82,7 @@ RIFORMER_DEVICE void product(const Tile& tile, const Load& load, const float* we
     }
     copy_async_commit();
   };
+  // Stores the rows.
   const auto put = [&](float* stage) {
     RIFORMER_UNROLL
     for (int i = 0; i < kLoads; ++i) store_four(stage + (row + i * kStep) * kPitch + 4 * piece, next[i]);
@@ -87,12 +92,14 @@ RIFORMER_DEVICE void product(const Tile& tile, const Load& load, const float* we
   int current = 0;
   RIFORMER_NO_UNROLL
   for (int k = 0; k < depth; k += kDepth) {
+    // Wait for this stage, and start to load the next one.
     copy_async_wait<0>();
     sync_thread_block();
     const float* const stage = shared + current * kStageFloats;
     float* const other = shared + (1 - current) * kStageFloats;
     if (k + kDepth < depth) fetch(k + kDepth, other);
-    Sums pieces = {};
+    // Multiply by this stage.
+    Sums step = {};
     RIFORMER_NO_UNROLL
     for (int at = 0; at < kDepth; at += 4) {
       Four a[kRowsOfThread], b[kColumnsOfThread];
@@ -107,24 +114,26 @@ RIFORMER_DEVICE void product(const Tile& tile, const Load& load, const float* we
         for (int i = 0; i < kRowsOfThread; ++i) {
           RIFORMER_UNROLL
           for (int j = 0; j < kColumnsOfThread; ++j)
-            pieces[i][j] = multiply_add(a[i].value[e], b[j].value[e], pieces[i][j]);
+            step[i][j] = multiply_add(a[i].value[e], b[j].value[e], step[i][j]);
         }
       }
     }
     RIFORMER_UNROLL
     for (int i = 0; i < kRowsOfThread; ++i) {
       RIFORMER_UNROLL
-      for (int j = 0; j < kColumnsOfThread; ++j) sums[i][j] += pieces[i][j];
+      for (int j = 0; j < kColumnsOfThread; ++j) sums[i][j] += step[i][j];
     }
     if (k + kDepth < depth) put(other);
     current = 1 - current;
   }
-  sync_thread_block();  // the stages are free
+  // From here on the caller may use the stages.
+  sync_thread_block();
 }
 
 template <bool PerPosition>
 RIFORMER_KERNEL(kThreads, 3)
 expand_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
+  // The statistics and maps of the rows that this thread loads.
   const Tile tile(args, args.hidden);
   const auto* const x = static_cast<const float*>(args.x) + tile.rows.first * args.channels;
   const float* maps[kLoads];
@@ -136,6 +145,7 @@ expand_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
     maps[i] = maps_of_row(args, tile, row);
     statistics[i] = row_statistics(args, row, maps[i]);
   }
+  // The product, of rows that are normed when they are loaded.
   Sums sums = {};
   const auto load = [&](int i, int row, int k) {
     const float* const at = maps[i] + k;
@@ -150,6 +160,7 @@ expand_kernel(RIFORMER_GRID_CONSTANT BlockKernelArgs args) {
   };
   product(tile, load, static_cast<const float*>(args.fc1_weight), args.hidden, args.channels, sums);
 
+  // GELU, into a tile of shared memory, and from there to the hidden tensor.
   auto* const out = reinterpret_cast<float*>(shared_memory());
   const int thread = thread_index();
   RIFORMER_UNROLL
@@ -178,6 +189,7 @@ RIFORMER_KERNEL(kThreads, 3) project_kernel(RIFORMER_GRID_CONSTANT BlockKernelAr
   };
   product(tile, load, static_cast<const float*>(args.fc2_weight), C, args.hidden, sums);
 
+  // Finish the rows, into a tile of shared memory.
   auto* const out = reinterpret_cast<float*>(shared_memory());
   const auto* const x = static_cast<const float*>(args.x) + tile.rows.first * C + tile.column;
   const float* const scales = args.constants + args.hidden + tile.column;
@@ -196,6 +208,7 @@ RIFORMER_KERNEL(kThreads, 3) project_kernel(RIFORMER_GRID_CONSTANT BlockKernelAr
                    maps[C + tile.column + column], sums[i][j], scales[column], scales[C + column], args.residual);
     }
   }
+  // Store them, and take the moments of the slot.
   sync_thread_block();
   const auto at = [&](int row, int piece) { return out + row * kOutPitch + 4 * piece; };
   const int left = C - tile.column, pieces = (left < kColumns ? left : kColumns) / 4;

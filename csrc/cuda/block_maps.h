@@ -1,13 +1,15 @@
-// What a block does to its tokens before the first product, as numbers per image and channel.
+// The maps of a block: everything that happens to a token before the first product, as a few numbers per image and
+// channel.
 //
-// With xc = x - mu1 (mu1: the image's mean, or the position's with LayerNorm), each image needs four numbers a channel:
+// With xc = x - mu1 (mu1: the mean of the image, or with LayerNorm of the position) these are four numbers:
 //
 //     y = x + u xc + w          u = r1 ls1 gamma1',  w = ls1 beta1'
 //     z = P xc + Q              P = (1 + u) r2 gamma2,  Q = (w - (mu2 - mu1)) r2 gamma2 + beta2
 //
-// mu2 and r2, the statistics of y, follow from the moments of x: y has means d (1 + u) + w relative to mu1, d being
-// those of xc, and centred sums of squares (1 + u)^2 V. Everything is taken relative to mu1, so nothing cancels where
-// the mean is large. gamma1' = gamma1 (s - 1) and beta1' = beta1 (s - 1) + t fold the token mixer's affine in.
+// gamma1' = gamma1 (s - 1) and beta1' = beta1 (s - 1) + t contain the token mixer's affine, whose scale is s and whose
+// shift is t. mu2 and r2 are the statistics of y. They follow from the moments of x: with d and V the means of xc and
+// the centred sums of squares, y has the means d (1 + u) + w relative to mu1, and the centred sums of squares (1 + u)^2
+// V. Everything is relative to mu1, so that nothing cancels where the mean is large.
 #pragma once
 
 #include "launch.h"
@@ -15,7 +17,7 @@
 
 namespace riformer::cuda {
 
-// float32 values of the results of launch_block_maps.
+// How many float32 values each result of launch_block_maps has.
 inline int64_t maps_count(const BlockArgs& args) { return (args.per_position ? 1 : args.batch) * 5 * args.channels; }
 inline int64_t statistics_count(const BlockArgs& args) {
   return args.per_position ? args.batch * args.positions * 4 : 0;
@@ -27,9 +29,9 @@ constexpr int64_t kConstantsPerThreadBlock = 4 * kMapThreads;
 
 struct PrepareArgs {
   const float* moments;  // [B, 2, C]; null with LayerNorm
-  float* maps;           // [B, 5, C]: u, w, P, Q, and mu1 in every place;
+  float* maps;           // [B, 5, C]: u, w, P, Q, and mu1 for every channel;
                          // LayerNorm: [1, 5, C]: ls1 gamma1', ls1 beta1', gamma2, beta2, 0
-  float* constants;      // fc1's bias [hidden], ls2 [C], ls2 times fc2's bias [C]; absent: biases 0, ls2 1
+  float* constants;      // fc1's bias [hidden], ls2 [C], ls2 times fc2's bias [C]; 0 and 1 for what is left out
   Parameter layer_scale_1, norm1_weight, norm1_bias, affine_weight, affine_bias;
   Parameter norm2_weight, norm2_bias, fc1_bias, fc2_bias, layer_scale_2;
   int64_t images;  // B, or 1 with LayerNorm
@@ -46,11 +48,11 @@ RIFORMER_DEVICE float constant_at(const PrepareArgs& args, int64_t index) {
   return args.fc2_bias.data ? scale * load_parameter(args.fc2_bias, c) : 0.f;
 }
 
-// The maps: a block per image, each thread every 256th channel; behind the images come the blocks that write the
-// constants. Shared memory: the 64 floats of ThreadBlockTeam. It reads 8 bytes and writes 20 per image and channel, a
-// seventh of what the block's own 16-bit tokens move at 7 x 7 and a 450th at 56 x 56, so its latency matters and not
-// its bytes. What a pass needs of an earlier one, its own thread reads back from `maps`: the only barriers are those of
-// the sums.
+// Writes the maps, a thread block for each image, and the constants, by the thread blocks behind those. A thread takes
+// every 256th channel. What a later step needs of an earlier one its own thread reads back from `maps`, so the only
+// barriers are those of the sums. Shared memory: the 64 floats of ThreadBlockTeam. The kernel moves 28 bytes per image
+// and channel, a seventh of the block's own tokens at 7 x 7 and a 450th at 56 x 56, so its latency matters and not its
+// bytes.
 template <bool PerPosition>
 RIFORMER_KERNEL(kMapThreads, 2)
 prepare_kernel(RIFORMER_GRID_CONSTANT PrepareArgs args) {
@@ -62,6 +64,8 @@ prepare_kernel(RIFORMER_GRID_CONSTANT PrepareArgs args) {
       args.constants[i] = constant_at(args, i);
     return;
   }
+
+  // gamma1' and beta1', times ls1.
   const int channels = args.channels;
   float* const maps = args.maps + image * 5 * channels;
   for (int c = thread_index(); c < channels; c += kMapThreads) {
@@ -88,11 +92,13 @@ prepare_kernel(RIFORMER_GRID_CONSTANT PrepareArgs args) {
   }
   if (PerPosition) return;
 
+  // The statistics of x, from its moments.
   ThreadBlockTeam team{reinterpret_cast<float*>(shared_memory()), kMapThreads};
   const float* const moments = args.moments + image * 2 * channels;
   const auto mean = [&](int c) { return moments[c]; };
   const auto centred = [&](int c) { return moments[channels + c]; };
   const ImageStatistics of_x = image_statistics(team, mean, centred, moments[0], channels, args.positions, args.eps1);
+  // The statistics of y, from its means `shifted` and its centred sums of squares `grown`.
   const auto gain = [&](int c) { return multiply_add(maps[c], of_x.rstd, 1.f); };
   const auto shifted = [&](int c) {
     return multiply_add((mean(c) - of_x.first) - of_x.shift, gain(c), maps[channels + c]);
@@ -102,10 +108,11 @@ prepare_kernel(RIFORMER_GRID_CONSTANT PrepareArgs args) {
   for (int c = team.index; c < channels; c += team.size) sum += shifted(c);
   const float first = team.sum(sum) / static_cast<float>(channels);
   const ImageStatistics of_y = image_statistics(team, shifted, grown, first, channels, args.positions, args.eps2);
+  // u, w, P and Q.
   for (int c = thread_index(); c < channels; c += kMapThreads) {
     const float u = maps[c] * of_x.rstd, w = maps[channels + c], grow = 1.f + u;
     const float p = of_y.rstd * load_parameter(args.norm2_weight, c);
-    // The kernels subtract the rounded mu; what that leaves over is made up for in w and Q.
+    // The kernels subtract mu rounded to float32. w and Q make up for the rounding error, `low`.
     maps[c] = u;
     maps[channels + c] = multiply_add(-of_x.low, u, w);
     maps[2 * channels + c] = grow * p;
@@ -125,9 +132,9 @@ struct PositionArgs {
 
 constexpr int kPositionThreads = 256;
 
-// LayerNorm's statistics: of each row of x, and of y = x + u (x - mean) rstd + w. A row lies between 8 or 32 lanes, in
-// registers but for the widest; no shared memory. x is read once; u and w come from the nearest cache, 4 times x's
-// bytes with 16-bit values, which at 4.3 TB/s of x would be 80 of the 128 bytes per cycle that it gives.
+// LayerNorm's statistics, of each row of x and of each row of y = x + u (x - mean) rstd + w. A row is shared by 8 or 32
+// lanes, which keep it in registers unless it is among the widest. x is read once. u and w come from the nearest cache:
+// they are four times the bytes of x in 16 bits, which at 4.3 TB/s of x is 80 of the 128 bytes a cycle that it gives.
 template <class T, int Lanes, int Held>
 RIFORMER_KERNEL(kPositionThreads, 2)
 position_kernel(RIFORMER_GRID_CONSTANT PositionArgs args) {
@@ -184,7 +191,7 @@ void launch_positions(const PositionArgs& args, const Device& device) {
   if (form == RowForm::any) start(position_kernel<T, 32, 0>, 32);
 }
 
-// The buffers are as the counts above say, 16-byte aligned; `statistics` is written with per_position alone.
+// The buffers have the sizes above and are 16-byte aligned. `statistics` is written only with per_position.
 inline void launch_block_maps(const BlockArgs& args, float* maps, float* statistics, float* constants) {
   check_dtypes({args.layer_scale_1.dtype, args.norm1_weight.dtype, args.norm1_bias.dtype, args.affine_weight.dtype,
                 args.affine_bias.dtype, args.norm2_weight.dtype, args.norm2_bias.dtype, args.fc1_bias.dtype,

@@ -1,4 +1,4 @@
-// CUDA's errors as exceptions.
+// The errors of CUDA's functions, as exceptions.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,11 +8,12 @@
 
 namespace riformer::cuda {
 
-// `what()` says what failed; it is asked only then, as this stands on the way of every launch.
+// `what()` returns a text that says what failed. It is called only on a failure, so that a launch that succeeds does
+// not compose a text.
 template <class What>
 void check(cudaError_t status, const What& what) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // or the next launch would report this one's error again
+  cudaGetLastError();  // forgets the error, which the next launch would report again otherwise
   throw std::runtime_error("riformer: " + std::string(what()) + ": " + cudaGetErrorString(status) + " (" +
                            cudaGetErrorName(status) + ")");
 }

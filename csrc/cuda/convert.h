@@ -15,7 +15,7 @@ struct ConvertArgs {
   bool aligned;  // both pointers on 16-byte boundaries
 };
 
-// Eight values a thread, in loads and stores of 16 bytes where the pointers allow it: memory bounds it.
+// A thread converts eight values, in pieces where both pointers are aligned.
 template <class From, class To>
 RIFORMER_KERNEL(kConvertThreads, 4)
 convert_kernel(RIFORMER_GRID_CONSTANT ConvertArgs args) {

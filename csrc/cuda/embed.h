@@ -1,4 +1,5 @@
-// What embed does before its kernel: operands in the order of the sum where they are not, and the choice of a tile.
+// `embed` on the host: the choice of a tile, and the kernels that first rearrange the weight or the images where they
+// do not lie as the kernel in embed_sm80.h reads them.
 #pragma once
 
 #include "embed_sm80.h"
@@ -7,11 +8,11 @@ namespace riformer::cuda {
 
 constexpr int kArrangeThreads = 256;
 
-// The weight [C, KH, KW, Cin] as [C, KH, Cin, padded KW], zeros behind KW. A thread writes a piece.
+// Rearranges the weight [C, KH, KW, Cin] to [C, KH, Cin, padded KW], with zeros behind KW. A thread writes a piece.
 struct ArrangeWeightArgs {
   const void* weight;
   void* out;
-  int64_t pieces;  // of all channels
+  int64_t pieces;  // of the whole result
   int in_channels, kernel_height, kernel_width, inner;
 };
 template <class T>
@@ -20,7 +21,7 @@ arrange_weight_kernel(RIFORMER_GRID_CONSTANT ArrangeWeightArgs args) {
   constexpr int kValues = kPerPiece<T>;
   const int64_t at = thread_block_index() * kArrangeThreads + thread_index();
   if (at >= args.pieces) return;
-  const int64_t taps = at / args.inner, outer = taps / args.in_channels;  // outer: channel and kh
+  const int64_t taps = at / args.inner, outer = taps / args.in_channels;  // `outer` counts channels and kh
   const int kw = static_cast<int>(at % args.inner) * kValues, ci = static_cast<int>(taps % args.in_channels);
   const T* const from = static_cast<const T*>(args.weight) + (outer * args.kernel_width + kw) * args.in_channels + ci;
   float values[kValues];
@@ -29,10 +30,10 @@ arrange_weight_kernel(RIFORMER_GRID_CONSTANT ArrangeWeightArgs args) {
   store_16(static_cast<Vec16*>(args.out) + at, pack_piece<T>(values));
 }
 
-// Images of any strides and dtype as [B, H, W, Cin] in the result's dtype: what the kernel copies from, for images that
-// do not lie so. A thread writes a piece; neighbouring threads take neighbouring pixels, whose values lie together in
-// what this is for, NCHW. Reads and writes once what the kernel then reads again: a detour for calls from outside, as
-// the engine's own tokens have their channels together.
+// Rearranges images of any strides and dtype to [B, H, W, Cin] in the result's dtype, from which the kernel copies. A
+// thread writes a piece. Neighbouring threads take neighbouring pixels, because this kernel is for NCHW, where these
+// lie together. It costs one reading and one writing of the images. The engine never needs it, as its own tokens have
+// contiguous channels.
 struct ArrangeImagesArgs {
   const void* x;
   DType x_dtype;
@@ -61,11 +62,12 @@ arrange_images_kernel(RIFORMER_GRID_CONSTANT ArrangeImagesArgs args) {
   store_16(static_cast<Vec16*>(args.out) + (image * args.pixels + pixel) * pieces + piece, found);
 }
 
-// How embed runs: pure arithmetic on the shapes, the strides and the alignment of x.
+// How `embed` runs: a pure function of the shapes, the strides and the alignment of x.
 struct EmbedPlan {
-  bool gather, arrange_images;
-  int inner;       // see EmbedKernelArgs
-  int64_t pieces;  // of a row of the sum
+  bool gather;          // whether rows are gathered or copied, see embed_sm80.h
+  bool arrange_images;  // whether arrange_images_kernel runs first
+  int inner;            // see EmbedKernelArgs
+  int64_t pieces;       // that the sum of one result runs over
   int slots, columns;
   int64_t weight_bytes, images_bytes, partials_bytes;  // the parts of the workspace, in this order
 
@@ -74,7 +76,7 @@ struct EmbedPlan {
 
 inline int64_t aligned_bytes(int64_t bytes) { return ceil_divide(bytes, 256) * 256; }
 
-// Strides of dimensions of one element mean nothing.
+// The strides of dimensions of size 1 mean nothing. They are replaced by plain ones, so that nothing below has to ask.
 inline EmbedArgs with_plain_strides(EmbedArgs args) {
   if (args.batch == 1) args.stride_batch = 0;
   if (args.in_channels == 1) args.stride_channel = 1;
@@ -83,20 +85,21 @@ inline EmbedArgs with_plain_strides(EmbedArgs args) {
   return args;
 }
 
+// Whether the channels of each pixel lie in aligned pieces.
 inline bool lies_in_pieces(const EmbedArgs& args) {
   const int64_t values = 16 / size_of(args.dtype);
   return args.x_dtype == args.dtype && args.stride_channel == 1 && reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
          args.stride_batch % values == 0 && args.stride_row % values == 0 && args.stride_column % values == 0;
 }
 
-// Whether pixels 2 i and 2 i + 1 of a row lie in one aligned word, and windows start at even pixels.
+// Whether pixels 2 i and 2 i + 1 of a row can be loaded as one, and every window starts at an even pixel.
 inline bool lies_in_pairs(const EmbedArgs& args) {
   return args.stride_column == 1 && args.width % 2 == 0 && args.stride % 2 == 0 && args.padding % 2 == 0 &&
          reinterpret_cast<uintptr_t>(args.x) % (2 * size_of(args.x_dtype)) == 0 && args.stride_batch % 2 == 0 &&
          args.stride_channel % 2 == 0 && args.stride_row % 2 == 0;
 }
 
-// The column count among `choices` that leaves the fewest columns empty; of two, the later one.
+// The number of columns among `choices` whose tiles waste the fewest columns; of two equal ones the later.
 template <size_t N>
 int fitting_columns(int64_t channels, const int (&choices)[N]) {
   int best = choices[0];
@@ -105,8 +108,8 @@ int fitting_columns(int64_t channels, const int (&choices)[N]) {
   return best;
 }
 
-// The tile may follow the batch, as the result does not follow the tile: two slots and many columns where such tiles
-// fill the multiprocessors, one slot and 64 columns where they would not.
+// Tiles are two slots x many columns if there are enough of them for all multiprocessors, and one slot x 64 columns
+// otherwise. This may depend on the batch, because no result depends on the tile.
 inline EmbedPlan embed_plan(const EmbedArgs& given) {
   const EmbedArgs args = with_plain_strides(given);
   const int64_t size = size_of(args.dtype), values = 16 / size;
@@ -157,6 +160,7 @@ void launch_embed_kernel(const EmbedKernelArgs& args, const EmbedPlan& plan, con
   }
 }
 
+// Starts the kernels for tokens of T.
 template <class T>
 void launch_embed_of(const EmbedArgs& given, const EmbedPlan& plan) {
   EmbedArgs args = with_plain_strides(given);

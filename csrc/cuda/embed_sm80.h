@@ -1,23 +1,19 @@
-// The stem and the downsamplings: convolution as an implicit matrix product, with the moments of what it writes.
+// `embed`, the stem and the downsamplings: a convolution as an implicit matrix product, and the moments of its result.
+// The kernel runs on sm_80 and on everything later.
 //
-// Rows are output positions, in slots of 64 of one image; columns are output channels. The sum runs in pieces of 16
-// bytes (8 values, or 4 of float32), four to a step:
-//   copied (Cin a multiple of a piece): pieces of channels at one tap, order (kh, kw, cin), by asynchronous copies of
-//     the tokens where they lie; zeros outside the image come with the copy.
-//   gathered (few channels, the stem): pieces of kw in one row of one channel, order (kh, cin, kw), kw padded to a
-//     multiple of a piece. A piece is then neighbouring pixels: one address and one row test for eight values, and
-//     loads of two pixels at a time where they are aligned. The weight is written anew in that order first (21 pieces
-//     of 8 in place of the 147 terms of a 7 x 7 stem).
-// An element is one chain of additions over the steps whatever the tile, so the tile may follow what fills the device.
+// Rows are output positions, in slots of 64 of one image. Columns are output channels. The sum runs over the window in
+// pieces of 16 bytes (8 values, or 4 of float32), four pieces to a step. There are two ways to load the rows:
+//   copied, if Cin is a multiple of a piece: a piece is neighbouring channels at one tap, and the sum runs in the order
+//     (kh, kw, cin). Asynchronous copies read the tokens where they lie, and write zeros for pixels outside the image.
+//   gathered, if there are few channels (the stem): a piece is neighbouring pixels of one channel, and the sum runs in
+//   the
+//     order (kh, cin, kw), with kw padded to a multiple of a piece. So there is one address and one test of the row for
+//     eight values, and two pixels are loaded at a time where they are aligned. arrange_weight_kernel brings the weight
+//     into this order first.
+// Every sum is one chain of additions over the steps, whatever the tile. So the tile may depend on the batch.
 //
-// Why not cuDNN and then a pass for the moments (an argument; nothing of it is measured): S12 at 224 px has, per image,
-// 59 MFLOP in the stem and 116, 145 and 145 in the downsamplings, which is 0.08, 0.15, 0.18 and 0.18 us at the 790
-// TFLOP/s measured for large products on an H200, and perhaps twice that with mma.sync and tiles of 128 x 128: 0.6 to
-// 1.2 us. The outputs are 401, 201, 125 and 50 KB in 16 bits. A moments pass reads these 0.78 MB again, 0.18 us at 4.3
-// TB/s; here the moments cost 8 bytes per channel and slot. For the stem cuDNN's fast kernels want channels_last images
-// of 16 bits with their 3 channels padded to 8: making and reading such a copy of a float32 image moves 2.2 MB in place
-// of 0.6, another 0.37 us. So where bytes and operations count, a library's convolutions would have to take half the
-// time of these to win; and at batch 1, where launches count, it would start four kernels more for four convolutions.
+// An own kernel and not cuDNN's, because of the bytes: a pass for the moments of cuDNN's result would read 0.78 MB per
+// image again (S12 at 224 pixels), and a stem in channels_last another 2.2 MB. An estimate; nothing of it is measured.
 #pragma once
 
 #include "moments.h"
@@ -29,22 +25,25 @@ constexpr int kStepPieces = 4;  // 64 bytes of a row
 
 struct EmbedKernelArgs {
   const void* x;
-  DType x_dtype;  // the tokens' own where they are copied
+  DType x_dtype;  // that of the result where rows are copied
   int64_t stride_batch, stride_channel, stride_row, stride_column;
   int in_channels, height, width, kernel_height, kernel_width, stride, padding;
-  const void* weight;  // [C, pieces] pieces of 16 bytes in the order of the sum
+  const void* weight;  // [C, pieces] in the order of the sum
   Parameter bias;
   void* out;        // [B, N, C]
   float* partials;  // [slots, 2, C], or null
   int64_t slots, slots_per_image, positions;
-  int out_width, channels, pieces, inner;  // inner: pieces of a row of kw, or of the channels
-  bool pairs;                              // two neighbouring pixels may be loaded as one
+  int out_width, channels;
+  int pieces;  // that the sum runs over
+  int inner;   // pieces of the channels (copied), or of a row of kw (gathered)
+  bool pairs;  // whether two neighbouring pixels may be loaded as one
 };
 
-// A tile of rows of 64 bytes; 8 rows of one piece lie in 8 different banks of 16 bytes, for ldmatrix.
+// Where a piece lies in a tile whose rows have 64 bytes. The same piece of eight consecutive rows lies in eight
+// different groups of banks, for ldmatrix.
 RIFORMER_DEVICE int step_offset(int row, int piece) { return row * 64 + 16 * (piece ^ (row / 2 % 4)); }
 
-// Where the sum is: (kh, kw, piece of channels), or (kh, cin, piece of kw).
+// A place in the sum, as outer, middle and inner: (kh, kw, piece of channels) or (kh, cin, piece of kw).
 struct PieceIndex {
   int inner, middle, outer;
 
@@ -62,23 +61,25 @@ struct PieceIndex {
   }
 };
 
-// An output position's window: its first pixel, and where that would lie in memory.
+// The window of an output position.
 struct Window {
-  int64_t base;
-  int top, left;
+  int64_t base;   // where its first pixel lies in memory, or would lie if it were inside the image
+  int top, left;  // that pixel's row and column
 
   RIFORMER_DEVICE Window(const EmbedKernelArgs& args, int64_t slot, int row) : base(0), top(-(1 << 30)), left(0) {
     const int64_t image = slot / args.slots_per_image;
     const int64_t position = (slot - image * args.slots_per_image) * kSlotRows + row;
-    if (slot >= args.slots || position >= args.positions) return;  // no pixel is inside
+    // A row that does not exist keeps a `top` with which no pixel is inside the image.
+    if (slot >= args.slots || position >= args.positions) return;
     top = static_cast<int>(position) / args.out_width * args.stride - args.padding;
     left = static_cast<int>(position) % args.out_width * args.stride - args.padding;
     base = image * args.stride_batch + top * args.stride_row + left * args.stride_column;
   }
 };
+// Whether 0 <= value < limit.
 RIFORMER_DEVICE bool below(int value, int limit) { return static_cast<uint32_t>(value) < static_cast<uint32_t>(limit); }
 
-// A thread's share of the rows' next step: one piece of two rows.
+// What a thread loads of the rows of each step, where they are copied: one piece of two rows.
 template <class T, int Slots>
 struct CopiedRows {
   static constexpr int kThreads = 128 * Slots;
@@ -112,7 +113,7 @@ struct alignas(2 * sizeof(X)) PixelPair {
   X first, second;
 };
 
-// A thread's share of the rows' next step: two pieces of one row.
+// What a thread loads of the rows of each step, where they are gathered: two pieces of one row.
 template <class T, int Slots>
 struct GatheredRows {
   static constexpr int kRows = kSlotRows * Slots;
@@ -164,7 +165,7 @@ struct GatheredRows {
   }
 };
 
-// A warp's 32 rows x Columns / 2 columns of the product, 16-bit operands: fragments of m16n8k16.
+// The sums of a warp, 32 rows x Columns / 2 columns, for 16-bit operands: fragments of mma.m16n8k16.
 template <class T, int Columns>
 struct WarpProduct {
   static constexpr int kColumns = Columns / 2;
@@ -205,8 +206,9 @@ struct WarpProduct {
   }
 };
 
-// The same in float32: rows l / 4 + 8 i and columns l % 4 + 4 j. A step's 16 terms are summed on their own first: one
-// chain over thousands of terms would have more error than PyTorch's sums, which are made of pieces too.
+// The same for float32. Lane l has rows l / 4 + 8 i and columns l % 4 + 4 j. The 16 terms of a step are summed on their
+// own and then added, because one chain over thousands of terms has a larger error than PyTorch's sums, which are made
+// of parts too.
 template <int Columns>
 struct WarpProduct<float, Columns> {
   static constexpr int kColumns = Columns / 2;
@@ -254,17 +256,17 @@ template <class T, int Slots, int Columns>
 struct EmbedTile {
   static constexpr int kThreads = 128 * Slots, kRows = kSlotRows * Slots;
   static constexpr int kStage = (kRows + Columns) * 64;
-  static constexpr int kPitch = Columns * static_cast<int>(sizeof(T)) + 16;  // of the result: 8 rows in 8 banks again
+  // Bytes of a row of the result, with a piece that is not used: it keeps eight rows in different groups of banks.
+  static constexpr int kPitch = Columns * kElementBytes<T> + 16;
   static constexpr int kBias = kStage * kEmbedStages;
   static constexpr int kShared = kBias + Columns * 4;
-  static_assert(kRows * kPitch <= kBias, "the result takes the stages' place");
+  static_assert(kRows * kPitch <= kBias, "the result takes the place of the stages");
 };
 
-// One tile: `Slots` slots x `Columns` channels, a warp for each 32 rows x half of the columns. Shared memory: a ring of
-// four stages of [rows, 64 bytes] and [columns, 64 bytes], then the bias in float32; the result takes the stages'
-// place, is stored from there in pieces of 16 bytes, and its moments are taken there. Per step of 32 values a warp of
-// 32 x 64 has 32 mma (about 50 cycles of a multiprocessor's matrix units) for 12 ldmatrix (48 cycles of shared memory);
-// a tile of 128 x 128 has 64 operations a byte of what it copies: the second-level cache can feed about 350 TFLOP/s.
+// A thread block makes one tile of `Slots` slots x `Columns` channels; each warp has 32 rows x half of the columns.
+// Shared memory: a ring of four stages, each [rows, 64 bytes] and [columns, 64 bytes], then the bias in float32. The
+// result takes the place of the stages; from there it is stored and its moments are taken. Cost of a step of 32 k for a
+// warp of 32 x 64: 32 mma (about 50 cycles of the matrix units) and 12 ldmatrix (48 cycles of shared memory).
 template <class T, int Slots, int Columns, bool Gather>
 RIFORMER_KERNEL(128 * Slots, 2)
 embed_kernel(RIFORMER_GRID_CONSTANT EmbedKernelArgs args) {
@@ -280,10 +282,11 @@ embed_kernel(RIFORMER_GRID_CONSTANT EmbedKernelArgs args) {
   for (int c = thread_index(); c < Columns; c += kThreads)
     bias[c] = args.bias.data && column + c < args.channels ? load_parameter(args.bias, column + c) : 0.f;
 
+  // `load` starts to load a step, and is called for the steps in order. Of the weight, a thread copies one piece of
+  // every kStride-th column.
   Rows rows(args, slot);
   const int steps = (args.pieces + kStepPieces - 1) / kStepPieces;
   const auto stage = [&](int step) { return shared + step % kEmbedStages * Tile::kStage; };
-  // This thread's piece of every kStride-th column; loads go through the steps in order.
   constexpr int kStride = kThreads / kStepPieces;
   const int first_piece = thread_index() % kStepPieces, first_column = thread_index() / kStepPieces;
   const Vec16* weight =
@@ -305,22 +308,24 @@ embed_kernel(RIFORMER_GRID_CONSTANT EmbedKernelArgs args) {
   };
   RIFORMER_NO_UNROLL
   for (int step = 0; step < kEmbedStages - 1; ++step) load(step);
-  // Of 320 channels the third group of 128 has half: the other half's warps then only help to copy.
+  // Whether this warp has any columns. Of 320 channels, half of the third tile of 128 is empty; its warps only copy.
   const bool used = column + warp_column < args.channels;
   WarpProduct<T, Columns> product;
   RIFORMER_NO_UNROLL
   for (int step = 0; step < steps; ++step) {
+    // Wait for this step. After the barrier all threads have it, and are done with the stage that is filled next.
     copy_async_wait<kEmbedStages - 2>();
     sync_thread_block();
     load(step + kEmbedStages - 1);
     if (used) product.add(stage(step) + warp_row * 64, stage(step) + (Tile::kRows + warp_column) * 64);
   }
+  // The result, with the bias, in the place of the stages.
   copy_async_wait<0>();
   sync_thread_block();
-  product.store(shared + warp_row * Tile::kPitch + warp_column * static_cast<int>(sizeof(T)), Tile::kPitch,
-                bias + warp_column);
+  product.store(shared + warp_row * Tile::kPitch + warp_column * kElementBytes<T>, Tile::kPitch, bias + warp_column);
   sync_thread_block();
 
+  // Store it, and take the moments of each slot.
   const int left = args.channels - column, pieces = (left < Columns ? left : Columns) / kPerPiece<T>;
   RIFORMER_NO_UNROLL
   for (int i = 0; i < Slots; ++i) {

@@ -1,9 +1,10 @@
-// What the sm_80 matrix kernels are made of: swizzled tiles in shared memory, fragments of mma.m16n8k16, and what
-// happens to them on the way in (the norm) and on the way out (layer scale and residual).
+// What the sm_80 kernels of a block are made of, for 16-bit tokens: swizzled tiles in shared memory, fragments of
+// mma.m16n8k16, and what happens to a fragment before the first product (the norm) and after the second (layer scale
+// and residual). A fragment is what one lane holds of an operand or of the sums; multiply_16x8x16 in device.h says
+// what.
 //
-// The fused kernel and the pair of kernels give the same bits because both are made of these functions: every element
-// of a product is one chain of additions, k upwards in steps of 16, and what surrounds it is computed by the same
-// code.
+// The fused kernel and the pair of kernels give the same bits because both are made of these functions. Every element
+// of a product is one chain of additions, k upwards in steps of 16, and what happens before and after is the same code.
 #pragma once
 
 #include "block_args.h"
@@ -11,12 +12,13 @@
 
 namespace riformer::cuda::sm80 {
 
-// A tile of `Pieces` pieces of 16 bytes (8 values) a row, rows directly after each other. Pieces are exchanged within
-// a row so that 8 rows of one column of pieces lie in 8 different banks of 16 bytes, which is what ldmatrix reads at
-// a time.
+// A tile in shared memory, `Pieces` pieces to a row, rows directly after each other. The pieces of a row are exchanged
+// (an XOR swizzle) so that the same piece of eight consecutive rows lies in eight different groups of banks: those
+// eight are what ldmatrix reads at a time.
 template <int Pieces>
 struct SwizzledTile {
-  // Rows of an odd number of pieces differ in their banks by themselves; 2 and 4 leave the rest to the exchange.
+  // How many pieces are exchanged with each other. With an odd number of pieces to a row the rows lie in different
+  // banks without an exchange. The more often 2 divides that number, the more of the eight rows would share a bank.
   static constexpr int kSpan = Pieces % 8 == 0 ? 8 : Pieces % 4 == 0 ? 4 : Pieces % 2 == 0 ? 2 : 1;
   static constexpr int kPitch = 16 * Pieces;
   RIFORMER_HOST_DEVICE static constexpr int exchange(int row) { return row / (8 / kSpan) % kSpan; }
@@ -25,9 +27,9 @@ struct SwizzledTile {
   }
 };
 
-// Where ldmatrix.x4 reads for this lane: matrices 0 and 1 are rows 0-7 and 8-15 for an operand of rows (a); pieces 0
-// and 1 of rows 0-7 for one of columns (b). Their `row` is a multiple of 16, so that the exchange depends on the lane
-// alone.
+// The row and the piece whose address a lane gives to load_matrix_x4, which reads four matrices of 8 rows x 1 piece. An
+// operand a of 16 rows x 2 pieces: rows 0-7 and 8-15 of piece 0, then of piece 1. An operand b of 16 columns (rows of
+// the weight): pieces 0 and 1 of rows 0-7, then of rows 8-15.
 struct LaneOfA {
   static RIFORMER_DEVICE int row(int lane) { return lane % 16; }
   static RIFORMER_DEVICE int piece(int lane) { return lane / 16; }
@@ -37,23 +39,24 @@ struct LaneOfB {
   static RIFORMER_DEVICE int piece(int lane) { return lane / 8 % 2; }
 };
 
-// Reads 16 x 16 blocks of a tile whose `base` is in shared memory.
+// Loads operands of 16 rows x 16 k from a tile in shared memory.
 template <int Pieces, class Lane>
 struct TileReader {
   const unsigned char* base;
-  int exchanged;  // 16 times the lane's piece with the exchange applied; the k step's pieces are applied to that
+  int exchanged;  // byte offset of the lane's piece after the exchange, for k = 0
 
   RIFORMER_DEVICE TileReader(const unsigned char* tile, int lane)
       : base(tile + Lane::row(lane) * SwizzledTile<Pieces>::kPitch),
         exchanged(16 * (Lane::piece(lane) ^ SwizzledTile<Pieces>::exchange(Lane::row(lane)))) {}
+  // `row` is a multiple of 16, so that the exchange depends on the lane alone.
   RIFORMER_DEVICE void load(uint32_t (&out)[4], int row, int k) const {
     load_matrix_x4(out, base + row * SwizzledTile<Pieces>::kPitch + ((2 * k) ^ exchanged));
   }
 };
 
-// `Rows` rows of a tile from global memory, asynchronously, by `Threads` threads; zeros where a row is not below
-// `rows` or a piece not below `pieces`. Threads go down the rows in steps of whole exchanges, so each keeps one
-// address for all its copies but for constants.
+// Starts the copies of a tile from global memory, by all `Threads` threads. What is not below `rows` and `pieces`
+// becomes zero. The rows that a thread copies are a multiple of eight apart, so that they have the same exchange, and
+// the addresses of all copies of a thread differ by constants.
 template <int Pieces, int Rows, int Threads>
 RIFORMER_DEVICE void copy_tile(unsigned char* to, const void* from, int64_t pitch, int rows, int pieces) {
   using Tile = SwizzledTile<Pieces>;
@@ -72,15 +75,15 @@ RIFORMER_DEVICE void copy_tile(unsigned char* to, const void* from, int64_t pitc
   }
 }
 
-// Which of its numbers differ between the rows of a slot: none (one image to a slot), the maps (slots over several
-// images), or the statistics (LayerNorm).
+// What differs between the rows of a slot. image: nothing, as the slot belongs to one image. images: the maps, as the
+// slot crosses images. position: the statistics, with LayerNorm.
 enum class RowMode { image, images, position };
 
 inline RowMode row_mode(const BlockKernelArgs& args) {
   return args.statistics ? RowMode::position : args.slots_per_image ? RowMode::image : RowMode::images;
 }
 
-// `act` on the args' mode as a type with a constant `value`.
+// Calls `act` with the mode as a type, whose `value` is a constant.
 template <class Act>
 void with_row_mode(const BlockKernelArgs& args, const Act& act) {
   switch (row_mode(args)) {
@@ -90,14 +93,14 @@ void with_row_mode(const BlockKernelArgs& args, const Act& act) {
   }
 }
 
-// A slot, and where it is in its images. In shared memory it costs no registers meanwhile and its divisions are done
+// A slot, and where its first row is. Kept in shared memory, so that it occupies no registers and is computed only
 // once.
 struct SlotPlace {
   Slot slot;
-  int64_t image, position;  // of its first row; what LayerNorm does not need is 0
+  int64_t image, position;  // of the first row; 0 where the mode does not need it
 };
 
-constexpr int kPlaceBytes = 128;  // of shared memory, for those of a thread block
+constexpr int kPlaceBytes = 128;  // of shared memory, for the places of a thread block's slots
 
 template <RowMode Mode>
 RIFORMER_DEVICE SlotPlace place_of(const BlockKernelArgs& args, int64_t index) {
@@ -112,17 +115,18 @@ RIFORMER_DEVICE SlotPlace place_of(const BlockKernelArgs& args, int64_t index) {
   return place;
 }
 
-// The rows of a warp's fragments: `Tiles` times 16, all in one slot. A lane has two of each 16: l / 4 and 8 further.
+// The maps and statistics of the rows of a warp's fragments: `Tiles` times 16 rows, all in one slot. Of each 16, lane l
+// has rows l / 4 and l / 4 + 8.
 template <int Tiles, RowMode Mode>
 struct WarpRows {
   static constexpr int kRows = 2 * Tiles, kImages = Mode == RowMode::images ? kRows : 1;
   static constexpr int kStatistics = Mode == RowMode::image ? 1 : kRows;
-  const float* maps;    // of the image of the slot's first row
-  int images[kImages];  // counted from that image
+  const float* maps;    // those of the slot's first image
+  int images[kImages];  // of each row, counted from that image
   RowStatistics statistics[kStatistics];
 
-  // `first`: the warp's first row in its slot. Rows that do not exist take the numbers of the slot's first, or of row
-  // 0.
+  // `first`: the warp's first row, counted from the slot's. Rows behind the end of a slot take the statistics of its
+  // first row; nobody reads their results.
   RIFORMER_DEVICE void find(const BlockKernelArgs& args, const SlotPlace& place, int first, int lane) {
     maps = args.maps + place.image * 5 * args.channels;
     images[0] = 0;
@@ -134,7 +138,7 @@ struct WarpRows {
         statistics[i] = row_statistics(args, inside ? place.slot.first + row : place.slot.first, maps);
         continue;
       }
-      // Images have few positions where slots cross them: 32 bits are enough.
+      // 32 bits are enough, as images have few positions where slots cross them.
       if (Mode == RowMode::images)
         images[i] =
             inside
@@ -150,13 +154,13 @@ struct WarpRows {
   }
 };
 
-// The maps of the four channels that a lane has of a k step of 16: k + 2 (l % 4) and the next, and both 8 further.
+// The maps of the four channels that a lane has of a step of 16 k: c = k + 2 (l % 4), c + 1, c + 8 and c + 9.
 template <bool PerPosition>
 struct ChannelMaps {
-  static constexpr int kFirst = PerPosition ? 0 : 2;  // u, w, P, Q; GroupNorm's z needs P and Q alone
+  static constexpr int kFirst = PerPosition ? 0 : 2;  // of u, w, P, Q; z of GroupNorm needs P and Q alone
   Pair value[4 - kFirst][2];
 
-  // `channel`: the first of the four. Zeros, which make z zero, beyond `channels`.
+  // `channel`: the first of the four. Beyond `channels` the maps are zero, and so is z.
   RIFORMER_DEVICE void load(const float* maps, int channel, int channels) {
     RIFORMER_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -177,8 +181,8 @@ struct ChannelMaps {
   }
 };
 
-// x to z, in place, in the fragments of one k step. `maps` are those of the slot's first image; rows of other images
-// load their own.
+// Replaces x by z in the fragments of one step of 16 k. `maps` are those of the slot's first image; for rows of other
+// images they are loaded here.
 template <class T, int Tiles, RowMode Mode>
 RIFORMER_DEVICE void norm_fragments(uint32_t (&a)[Tiles][4], const WarpRows<Tiles, Mode>& rows,
                                     ChannelMaps<Mode == RowMode::position> maps, int channel, int channels) {
@@ -197,8 +201,8 @@ RIFORMER_DEVICE void norm_fragments(uint32_t (&a)[Tiles][4], const WarpRows<Tile
   }
 }
 
-// The second product's sums, finished and rounded, into the tile that holds x, each value in the place of its own x.
-// `tile`: at the warp's first row; `piece`: that of the sums' first column, which is `channel` of all.
+// Replaces x by the block's result in a tile of shared memory, from the second product's sums. `tile` starts at the
+// warp's first row. The sums' first column is in piece `piece` of the tile, and is `channel` of all channels.
 template <class T, int Pieces, int Tiles, RowMode Mode, int Columns>
 RIFORMER_DEVICE void finish_fragments(const BlockKernelArgs& args, const WarpRows<Tiles, Mode>& rows,
                                       unsigned char* tile, int piece, int channel,

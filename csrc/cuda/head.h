@@ -1,5 +1,5 @@
 // Class scores: the final norm, the average over the positions, the linear layer. With GroupNorm the average of the
-// normed tokens is (mean - mu) rstd gamma + beta, from the moments alone.
+// normed tokens is (mean - mu) rstd gamma + beta, which follows from the moments alone.
 #pragma once
 
 #include "launch.h"
@@ -19,10 +19,10 @@ struct PoolArgs {
   float eps;
 };
 
-// Sums over the 32 rows of a tile of (x - mean) rstd, LayerNorm without its weight and bias. First the rows'
-// statistics, then every thread keeps to one piece of 16 bytes of columns and every `step`-th row; the threads of a
-// column are added upwards. Shared memory: three floats per row, then [step, columns] float32, at most 8 KB. x comes
-// from memory once; the later passes find the tile (48 KB with 768 channels of 16 bits) in the nearest cache.
+// For LayerNorm: sums (x - mean) rstd over tiles of 32 rows. A thread block takes a tile. First it takes the statistics
+// of the rows. Then each thread keeps to one piece of the columns and sums every `step`-th row; the threads of a column
+// are added upwards. Shared memory: three floats per row, then [step, columns] float32, at most 8 KB. x comes from
+// memory once; the later passes find the tile (48 KB for 768 channels of 16 bits) in the nearest cache.
 template <class T, int Lanes>
 RIFORMER_KERNEL(kHeadThreads, 2)
 pool_kernel(RIFORMER_GRID_CONSTANT PoolArgs args) {
@@ -65,13 +65,15 @@ struct HeadKernelArgs {
   void* out;
   DType out_dtype;
   int64_t batch, positions, tiles, classes;
-  int channels, rounds;  // rounds: of kHeadWarps * Classes classes that a block goes through
+  int channels;
+  int rounds;  // of kHeadWarps * Classes classes, which a thread block goes through
   float eps;
-  bool per_position, aligned;  // aligned: rows of the weight are on 16-byte boundaries
+  bool per_position;
+  bool aligned;  // whether the rows of the weight are on 16-byte boundaries
 };
 
-// Adds P values over the lanes of a warp, each by the same butterfly (16, 8, 4, 2, 1). While there are several values,
-// half of them go to the other half of the lanes: lane l ends up with value l P / 32.
+// Adds each of P values over the lanes of a warp, by the butterfly 16, 8, 4, 2, 1. As long as a lane has several
+// values, it gives half of them to the lane that it adds with. In the end lane l has the sum of value l P / 32.
 template <int P>
 RIFORMER_DEVICE float scattered_sum(float (&values)[P]) {
   const int lane = thread_index() % kWarp;
@@ -94,21 +96,19 @@ RIFORMER_DEVICE float scattered_sum(float (&values)[P]) {
   return values[0];
 }
 
-// Where channel c of an image's features lies: pieces of 8 in two halves, as lanes that read 16 bytes each of pieces
-// that follow each other would meet in the same banks otherwise.
+// Where channel c of an image's features lies. Lanes read eight channels each, 16 bytes at a time. The first four of
+// all eights lie together, and so do the last four, so that lanes next to each other read from different banks.
 template <int Values>
 RIFORMER_DEVICE int feature_place(int c, int channels) {
   return Values == 8 ? c % 8 / 4 * (channels / 2) + c / 8 * 4 + c % 4 : c;
 }
 
-// Scores of `Images` images. First their features, the pooled normed tokens, [Images, C] float32 in shared memory: a
-// warp (or with one image all of them, each for its part) from the moments or the tiles' sums of an image. Then a warp
-// takes `Classes` classes at a time: a lane adds the products of every 32nd piece of 16 bytes of the weight's rows, and
-// the lanes are added by a butterfly. So a score's sum has one order, whatever images and classes are around it.
-// One image: 1000 classes of 512 channels are 1000 warps, which all start at once, and 1 MB of weights, 0.3 us of
-// memory: what it takes is three round trips to memory one after the other. Eight images: a weight is read for all of
-// them and a feature for four classes. Its 16 loads of shared memory take 64 cycles, and its 256 multiply-adds too: at
-// best half the rate of the multiply-adds: 0.5 G of them at a batch of 1024, 30 us where S12's blocks take 5 ms.
+// Computes the scores of `Images` images. First their features, which are the pooled normed tokens: [Images, C] float32
+// in shared memory, from the moments or from the sums of pool_kernel. Then each warp takes `Classes` classes at a time.
+// A lane sums the products of every 32nd piece of the weight's rows, and a butterfly adds the lanes. So the sum of a
+// score has one order, whatever images and classes are computed beside it. One image (1000 classes of 512 channels):
+// bound by latency, as all warps start at once. Eight images: a weight is read once for all of them; shared memory and
+// multiply-adds take the same time, 30 us at a batch of 1024.
 template <class W, int Classes, int Images>
 RIFORMER_KERNEL(kHeadThreads, 2)
 head_kernel(RIFORMER_GRID_CONSTANT HeadKernelArgs args) {
@@ -118,6 +118,7 @@ head_kernel(RIFORMER_GRID_CONSTANT HeadKernelArgs args) {
   const int64_t groups = ceil_divide(args.classes, int64_t{kHeadWarps} * Classes * args.rounds);
   const int64_t first_image = thread_block_index() / groups * Images, group = thread_block_index() % groups;
 
+  // The features.
   const int64_t image = first_image + warp / kShare;
   if (image < args.batch) {
     float* const mine = features + warp / kShare * channels;
@@ -145,6 +146,7 @@ head_kernel(RIFORMER_GRID_CONSTANT HeadKernelArgs args) {
   }
   sync_thread_block();
 
+  // The scores.
   RIFORMER_NO_UNROLL
   for (int round = 0; round < args.rounds; ++round) {
     const int64_t first_class = ((group * args.rounds + round) * kHeadWarps + warp) * Classes;
@@ -154,7 +156,7 @@ head_kernel(RIFORMER_GRID_CONSTANT HeadKernelArgs args) {
       float weights[Classes][kValues];
       RIFORMER_UNROLL
       for (int k = 0; k < Classes; ++k) {
-        // Behind the last class: the last one again, not stored.
+        // Behind the last class the last one is computed again, and not stored.
         const int64_t row = first_class + k < args.classes ? first_class + k : args.classes - 1;
         const W* const from = static_cast<const W*>(args.fc_weight.data) + row * channels + piece * kValues;
         if (args.aligned) {
@@ -214,7 +216,7 @@ void launch_pool(const HeadArgs& args, float* sums) {
 template <class W, int Classes, int Images>
 void launch_scores(HeadKernelArgs args, const Device& device) {
   const int64_t images = ceil_divide(args.batch, Images), groups = ceil_divide(args.classes, kHeadWarps * Classes);
-  // Several rounds for the same features, as long as every multiprocessor has four blocks.
+  // Several rounds with the same features, as long as every multiprocessor has four thread blocks.
   const int64_t rounds = images * groups / (4 * device.processors);
   args.rounds = static_cast<int>(rounds < 1 ? 1 : rounds > 8 ? 8 : rounds);
   const int64_t thread_blocks = images * ceil_divide(args.classes, int64_t{kHeadWarps} * Classes * args.rounds);

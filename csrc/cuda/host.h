@@ -1,6 +1,6 @@
-// What a call of an op needs of the machine before and after its kernels: the tokens' device made current, its stream,
-// and memory. Once for a GPU, once for the emulator, where every result and workspace lies between guards and starts as
-// NaN, so that a kernel that writes beside them or reads what nobody wrote is noticed.
+// What a call of an op needs of the machine around its kernels: the current device, its stream, and memory. There is
+// one form for a GPU and one for the emulator. On the emulator every result and workspace lies between guards and
+// starts as NaN, so that the tests notice a kernel that writes beside them or reads what nobody wrote.
 #pragma once
 
 #include <cstring>
@@ -36,8 +36,9 @@ inline void* aligned(void* pointer) {
 
 inline bool served(const Tensor& tensor) { return tensor.is_cuda(); }
 
-// Whether this library has code for a GPU: machine code serves its own major version from its minor version on, that
-// with an "a" its own version alone; PTX, of the newest plain architecture, everything from there on.
+// Whether this library has code for a GPU. Machine code runs on its own major version from its minor version on;
+// machine code with an "a", such as 90a, on its own version alone. The newest architecture without an "a" is there as
+// PTX too, which runs on everything from there on.
 inline bool compiled_for(int architecture) {
   int newest = 0;
   std::istringstream list(RIFORMER_ARCHITECTURES);
@@ -50,7 +51,7 @@ inline bool compiled_for(int architecture) {
   return newest && architecture >= newest;
 }
 
-// Asked once per device: the driver takes microseconds for each.
+// Asked once for each GPU, as each question takes the driver microseconds.
 inline Device device_of(int index) {
   static std::mutex mutex;
   static std::vector<Device> known;
@@ -69,11 +70,15 @@ inline Device device_of(int index) {
   return device;
 }
 
-// One call of an op. It makes the tokens' device current and keeps its memory until the kernels are launched; they run
-// on the current stream, in whose order the allocator hands memory out again.
+// One call of an op. It makes the tokens' device current for its own lifetime, and keeps the workspaces until the
+// kernels are launched. After that the allocator may hand the memory out again, as it does so in the order of the
+// stream.
 class Call {
  public:
   explicit Call(const Tensor& x) : guard_(x.get_device_index()), device_(device_of(x.get_device_index())) {
+    // The guard sets PyTorch's current device. This library has a CUDA runtime of its own, and cuTensorMapEncodeTiled
+    // fails on a thread that has no current context yet.
+    check(cudaSetDevice(x.get_device_index()), [] { return "making a GPU current"; });
     if (!compiled_for(device_.architecture))
       fail("riformer: the CUDA kernels are compiled for ", RIFORMER_ARCHITECTURES, " and cuda:", x.get_device_index(),
            " has compute capability ", device_.architecture / 10, ".", device_.architecture % 10,
@@ -105,7 +110,7 @@ inline Device& emulated_device() {
   return device;
 }
 
-// Shared memory of a thread block (CUDA programming guide, technical specifications per compute capability).
+// Bytes of shared memory of a thread block (CUDA programming guide, technical specifications per compute capability).
 inline int64_t shared_limit(int architecture) {
   switch (architecture) {
     case 80:
@@ -123,7 +128,7 @@ class Call {
     emulator::set_shared_limit(shared_limit(device_.architecture));
   }
   const Device& device() const { return device_; }
-  // Memory for `out`, copied there by `finish`.
+  // Where the kernels write `out`; `finish` copies it there.
   void* result(const Tensor& out) {
     return guarded(out.numel() * static_cast<int64_t>(out.element_size()), out.mutable_data_ptr());
   }

@@ -12,6 +12,10 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 #include "check.h"
 #endif
 
@@ -63,13 +67,25 @@ inline bool has_thread_blocks(const Launch& how) {
 
 #if defined(__CUDACC__)
 
+// A kernel may use more than 48 KiB of shared memory only after this. It is done once for each kernel and GPU, and for
+// as much as the GPU gives: if each launch set its own size, launches by several host threads would race.
+inline void allow_shared_memory(const void* kernel, const Launch& how) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> allowed;
+  int device = 0, most = 0;
+  const auto what = [&] { return how.text(); };
+  check(cudaGetDevice(&device), what);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({device, kernel})) return;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), what);
+  allowed.insert({device, kernel});
+}
+
 template <class Args>
 void launch(void (*kernel)(Args), const Launch& how, const Args& args) {
   if (!has_thread_blocks(how)) return;
-  if (how.shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(how.shared_bytes)),
-          [&] { return how.text(); });
+  if (how.shared_bytes > 48 * 1024) allow_shared_memory(reinterpret_cast<const void*>(kernel), how);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(how.thread_blocks));
   config.blockDim = dim3(static_cast<unsigned>(how.threads));

@@ -8,7 +8,7 @@
 namespace riformer::cuda {
 
 inline int64_t slots_in_image(int64_t positions) { return ceil_divide(positions, kSlotRows); }
-// float32 values of `partials` for the slots of a batch: what the kernels with a moments epilogue write.
+// How many float32 values `partials` has, where kernels write the moments of each slot of a batch.
 inline int64_t partials_count(int64_t batch, int64_t positions, int64_t channels) {
   return batch * slots_in_image(positions) * 2 * channels;
 }
@@ -17,12 +17,14 @@ inline int64_t partials_count(int64_t batch, int64_t positions, int64_t channels
 
 constexpr int kMergeColumns = 32, kMergeParts = 16;
 
-// The moments of one image and channel from those of its slots, Chan et al.'s merge in two passes over the slots:
+// The moments of one image and channel from those of its slots, by the merge of Chan et al. in two passes over the
+// slots:
 //   m = sum n_s m_s / N,   V = sum V_s + n_s (m_s - m)^2
-// with means as differences from the first slot's, so that a large common mean takes no digits away. The sums are made
-// of kMergeParts parts (slots part, part + kMergeParts, ...), added upwards: an order that depends on N alone.
+// Means are taken as differences from the first slot's, so that a large common mean takes no digits away. Each sum is
+// made of kMergeParts parts (slots part, part + kMergeParts, ...), which are added upwards: an order that depends on N
+// alone.
 struct SlotColumn {
-  const float* mean;  // of the first slot; its centred sum of squares is `channels` further, the next slot `step`
+  const float* mean;  // of the first slot; the centred sum of squares lies `channels` further, the next slot `step`
   int64_t step, channels, slots, positions;
 
   RIFORMER_DEVICE float count(int64_t slot) const {
@@ -53,10 +55,10 @@ struct MergeArgs {
   int64_t positions, slots_per_image, channels;
 };
 
-// partials -> moments. A block takes 32 channels of an image; each of its 16 warps takes a part of the slots, a lane a
-// channel, so that a warp reads 128 bytes at a time and a long image's slots are read by 16 at once. Shared memory: two
-// times [16, 32] float32, for the means and the centred sums. It reads 8 bytes per channel for every 64 values that the
-// kernel before wrote: 6 % of the tokens' own bytes with 16-bit values; the second pass finds the means in the cache.
+// Merges the moments of slots into those of images. A thread block takes 32 channels of an image. Each of its 16 warps
+// takes a part of the slots, and each lane a channel, so that a warp reads 128 bytes at a time. Shared memory: [16, 32]
+// float32 for the means and [16, 32] for the centred sums. The kernel reads 8 bytes per channel for every 64 values
+// that were written before it, 6 % of the tokens' bytes in 16 bits.
 template <int Columns>
 RIFORMER_KERNEL(Columns* kMergeParts, 2)
 merge_kernel(RIFORMER_GRID_CONSTANT MergeArgs args) {
@@ -98,26 +100,27 @@ inline void launch_merge(const float* partials, float* moments, int64_t batch, i
 
 constexpr int kMomentsThreads = 128, kMomentsPieces = 8;
 constexpr int64_t kMomentsTile = int64_t{kSlotRows} * kMomentsPieces * 16;
-// Images of so few slots are merged by the block that takes their moments.
+// An image of so few slots is merged by the thread block that takes its moments.
 constexpr int kMostMergedSlots = 4;
 
 struct SlotMomentsArgs {
   const void* x;  // tokens [B, N, C]
-  float* target;  // [slots, 2, C] of the slots, or with `merged` [B, 2, C] of the images
+  float* target;  // the moments of the slots [slots, 2, C], or with `merged` of the images [B, 2, C]
   int64_t positions, channels, slots_per_image;
   bool merged;
 };
 
-// Moments of a slot, or of an image of up to four slots, for 128 bytes of its columns. The rows come to shared memory
-// by asynchronous copies, 128 bytes each, and slot_moments takes them from there: the same function, and so the same
-// bits, as in the epilogue of a kernel that writes tokens. Shared memory: tiles of 64 rows x 8 pieces of 16 bytes, a
-// piece at piece ^ (row % 8) so that 8 rows of one piece lie in 8 different banks; behind them the slots' moments
-// [slots, 2, 8 pieces]. A tile is 8 KB and x is read once. About 170 instructions per 16 bytes x 64 rows: 5 TB/s on 132
-// multiprocessors at 1.7 GHz, so memory is the limit, though by little.
+// Takes the moments of a slot, or with `merged` of an image of up to four slots, for 128 bytes of its columns. The rows
+// are copied to shared memory, from where slot_moments takes them. That is the function that the kernels which write
+// tokens call at their end, so the bits are the same. Shared memory: a tile of 64 rows x 8 pieces for each slot, where
+// piece p of a row lies at p ^ (row % 8), so that the same piece of eight rows lies in eight different groups of banks;
+// behind the tiles the moments of the slots. About 170 instructions per piece of 64 rows: 5 TB/s on 132 multiprocessors
+// at 1.7 GHz, so memory is the limit, though by little.
 template <class T>
 RIFORMER_KERNEL(kMomentsThreads, 4)
 slot_moments_kernel(RIFORMER_GRID_CONSTANT SlotMomentsArgs args) {
   constexpr int kColumns = kMomentsPieces * kPerPiece<T>;
+  // The rows and columns of this thread block.
   unsigned char* const tiles = shared_memory();
   const int64_t groups = ceil_divide(args.channels, kColumns);
   const int64_t unit = thread_block_index() / groups, column = (thread_block_index() - unit * groups) * kColumns;
@@ -130,6 +133,7 @@ slot_moments_kernel(RIFORMER_GRID_CONSTANT SlotMomentsArgs args) {
   const int rows = static_cast<int>(rest < slots * kSlotRows ? rest : slots * kSlotRows);
   const T* const source = static_cast<const T*>(args.x) + (image * args.positions + start) * args.channels + column;
   const auto place = [&](int row, int piece) { return tiles + (row * kMomentsPieces + (piece ^ (row % 8))) * 16; };
+  // Copy them to shared memory.
   for (int i = thread_index(); i < rows * kMomentsPieces; i += kMomentsThreads) {
     const int row = i / kMomentsPieces, piece = i % kMomentsPieces;
     if (piece < pieces) copy_async_16(place(row, piece), source + row * args.channels + piece * kPerPiece<T>, true);
@@ -137,6 +141,7 @@ slot_moments_kernel(RIFORMER_GRID_CONSTANT SlotMomentsArgs args) {
   copy_async_commit();
   copy_async_wait<0>();
   sync_thread_block();
+  // The moments of each slot, and of the image.
   const int warp = thread_index() / kWarp, warps = kMomentsThreads / kWarp;
   float* const target = args.target + unit * 2 * args.channels + column;
   if (!args.merged) {
@@ -163,7 +168,7 @@ slot_moments_kernel(RIFORMER_GRID_CONSTANT SlotMomentsArgs args) {
   target[c + args.channels] = sum;
 }
 
-// float32 values of `partials` that launch_moments needs; 0 where it needs none.
+// How many float32 values launch_moments needs in `partials`; 0 where it needs none.
 inline int64_t moments_partials_count(int64_t batch, int64_t positions, int64_t channels) {
   return slots_in_image(positions) <= kMostMergedSlots ? 0 : partials_count(batch, positions, channels);
 }
@@ -182,7 +187,8 @@ void launch_moments_of(const void* x, int64_t batch, int64_t positions, int64_t 
   if (target == partials) launch_merge(partials, moments, batch, positions, slots, channels, device);
 }
 
-// Moments [batch, 2, C] of stored tokens [batch, positions, C]; `partials` as moments_partials_count says.
+// Takes the moments [batch, 2, C] of tokens [batch, positions, C] that lie in memory. `partials` has
+// moments_partials_count values.
 inline void launch_moments(const void* x, DType dtype, int64_t batch, int64_t positions, int64_t channels,
                            float* moments, float* partials, const Device& device) {
   with_dtype(dtype, [&](auto element) {

@@ -16,16 +16,19 @@ struct NormKernelArgs {
   void* out;
   DType out_dtype;
   int64_t positions;
-  int channels, rows;  // rows: of a tile
+  int channels;
+  int rows;  // of a tile
   float eps;
 };
 
-// A tile of one image's rows: first the statistics, of the image (each block takes them anew from 8 bytes a channel) or
-// of each row; then every thread keeps to one piece of 16 bytes of columns and goes down the rows. Shared memory: three
-// floats per row and the 64 of ThreadBlockTeam. x is read and the result written once, 16 bytes at a time; with
-// LayerNorm the two passes over a row before that leave the tile, at most 32 KB, in the nearest cache.
-template <class T, int Lanes>  // Lanes: that share a row for its statistics; 0 for GroupNorm
-RIFORMER_KERNEL(kNormThreads, 4) norm_kernel(RIFORMER_GRID_CONSTANT NormKernelArgs args) {
+// A thread block norms a tile of one image's rows. First it takes the statistics: those of the image, which every
+// thread block computes again from 8 bytes a channel, or those of each row. Then each thread keeps to one piece of the
+// columns and goes down the rows. Shared memory: three floats per row and the 64 of ThreadBlockTeam. x is read and the
+// result is written once. With LayerNorm the tile is read three times, but is small enough to stay in the nearest
+// cache. Lanes: how many share a row for its statistics; 0 for GroupNorm.
+template <class T, int Lanes>
+RIFORMER_KERNEL(kNormThreads, 4)
+norm_kernel(RIFORMER_GRID_CONSTANT NormKernelArgs args) {
   constexpr int kValues = kPerPiece<T>;
   auto* const statistics = reinterpret_cast<PositionStatistics*>(shared_memory());
   const int64_t tiles = ceil_divide(args.positions, args.rows);
@@ -33,6 +36,7 @@ RIFORMER_KERNEL(kNormThreads, 4) norm_kernel(RIFORMER_GRID_CONSTANT NormKernelAr
   const int64_t left = args.positions - start, offset = (image * args.positions + start) * args.channels;
   const int rows = static_cast<int>(left < args.rows ? left : args.rows), channels = args.channels;
   const T* const x = static_cast<const T*>(args.x) + offset;
+  // The statistics.
   PositionStatistics of_image{};
   if constexpr (Lanes == 0) {
     ThreadBlockTeam team{reinterpret_cast<float*>(statistics + kMostNormRows), kNormThreads};
@@ -44,6 +48,7 @@ RIFORMER_KERNEL(kNormThreads, 4) norm_kernel(RIFORMER_GRID_CONSTANT NormKernelAr
   } else {
     tile_statistics<T, Lanes>(x, rows, channels, args.eps, statistics, kNormThreads);
   }
+  // The norm, with the parameters of eight or four columns in registers.
   const TileShare share(channels / kValues, kNormThreads);
   if (share.idle()) return;
   for (int c = share.piece * kValues; c < channels; c += kNormThreads * kValues) {

@@ -1,4 +1,4 @@
-// The ops of kernels.h but for `block`.
+// The launchers of kernels.h, all but `block`.
 #include "convert.h"
 #include "embed.h"
 #include "head.h"

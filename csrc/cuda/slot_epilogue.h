@@ -1,16 +1,16 @@
-// The end of every kernel that writes tokens: a slot's rounded values lie in shared memory, from where they are
-// stored in pieces of 16 bytes and their moments are taken.
+// The end of every kernel that writes tokens. The results of a slot, rounded, lie in shared memory; from there they are
+// stored in pieces, and their moments are taken.
 #pragma once
 
 #include "block_args.h"
 
 namespace riformer::cuda {
 
-// `slot_moments` for a Full slot of 64 rows, or for any.
+// `slot_moments`, for a slot of 64 rows if `Full`, otherwise for any.
 template <class T, bool Full, class At>
 RIFORMER_DEVICE void moments_of_rows(const At& at, int rows, int pieces, int warp, int warps, float* mean,
                                      int64_t channels) {
-  constexpr int kColumns = 4 / sizeof(T);  // in a word, which is what a lane has of each of its rows
+  constexpr int kColumns = 4 / sizeof(T);  // of a lane: those of a word
   constexpr int kRows = kSlotRows / 8;     // of a lane
   const int lane = opaque(thread_index()) % kWarp, row = lane / 4, word = lane % 4;
   const auto inside = [&](int i) { return Full || row + 8 * i < rows; };
@@ -50,11 +50,11 @@ RIFORMER_DEVICE void moments_of_rows(const At& at, int rows, int pieces, int war
         left += shuffle_xor(left, mask);
         squares += shuffle_xor(squares, mask);
       }
-      // The mean's own rounding error, which matters where the mean is large: one more sum corrects both results.
+      // `left` is what the mean's rounding error leaves over. It corrects both results, which matters for a large mean.
       const float shift = left * part;
       const float corrected = multiply_add(-count * shift, shift, squares);
       means[c] += shift;
-      centred[c] = corrected < 0.f ? 0.f : corrected;  // in this form a NaN stays one
+      centred[c] = corrected < 0.f ? 0.f : corrected;  // unlike a maximum, this keeps a NaN
     }
     if (row == 0) {
       float* const target = mean + static_cast<int64_t>(piece) * (4 * kColumns) + word * kColumns;
@@ -67,18 +67,14 @@ RIFORMER_DEVICE void moments_of_rows(const At& at, int rows, int pieces, int war
   }
 }
 
-// The moments of `rows` (1 to 64) rows of values of T, as they are stored, for `pieces` pieces of 16 bytes of
-// columns.
+// Takes the moments of `rows` rows (1 to 64) and of the columns in `pieces` pieces. `at(row, piece)` is where a piece
+// lies in shared memory; 64 rows must exist, but those behind `rows` do not count. `mean` is where the mean of the
+// first column goes, and its centred sum of squares goes `channels` floats further. Of `warps` warps, warp `warp` takes
+// every warps-th piece. There is no barrier inside: the caller synchronises after the stores to shared memory.
 //
-// `at(row, piece)` is where 16 bytes of a row lie; rows to 63 must exist, what the rest of a short slot holds does
-// not matter. `mean` is where the mean of the first column belongs, `channels` floats before its centred sum of
-// squares: of a whole slot, `args.partials + slot * 2 * C`. Warp `warp` of `warps` takes every warps-th piece. No
-// barrier inside: the caller synchronises between the stores to shared memory and this.
-//
-// A column's sums have one order whatever the layout, the tile and the number of warps: eight sums over the rows r, r
-// + 8, ... upwards, put together by a butterfly. So kernels that store the same values leave the same bits. Eight
-// lanes read eight rows of a piece at a time, which has no bank conflict wherever ldmatrix has none, and the values
-// stay in registers for the second pass: 2 bytes of shared memory and about 9 instructions a value (of 16 bits).
+// The order of a column's sums depends on nothing but the row: eight sums over rows r, r + 8, ... upwards, which a
+// butterfly adds. So kernels that store the same values leave the same bits. Eight lanes read the same piece of eight
+// rows at a time, without a bank conflict wherever ldmatrix has none, and keep it in registers for the second pass.
 template <class T, class At>
 RIFORMER_DEVICE void slot_moments(const At& at, int rows, int pieces, int warp, int warps, float* mean,
                                   int64_t channels) {
@@ -88,8 +84,8 @@ RIFORMER_DEVICE void slot_moments(const At& at, int rows, int pieces, int warp, 
     moments_of_rows<T, false>(at, rows, pieces, warp, warps, mean, channels);
 }
 
-// Rows 0 to rows - 1 of `pieces` pieces of 16 bytes to `out`, whose rows are `pitch` bytes apart. Threads that follow
-// each other write pieces that do.
+// Stores `rows` rows of `pieces` pieces to `out`, whose rows are `pitch` bytes apart. Consecutive threads store
+// consecutive pieces.
 template <class At>
 RIFORMER_DEVICE void store_slot(const At& at, int rows, int pieces, void* out, int64_t pitch, int thread, int threads) {
   for (int i = thread; i < rows * pieces; i += threads) {

@@ -1,4 +1,5 @@
-// Sums over threads, statistics from moments, and values of a row: what the kernels with few operations share.
+// What the kernels other than the matrix products share: sums over threads, the statistics of an image or of a
+// position, and pieces of values.
 #pragma once
 
 #include <cmath>
@@ -9,7 +10,7 @@ namespace riformer::cuda {
 
 constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Over `Lanes` neighbouring lanes, by a butterfly: every lane gets the same bits.
+// The sum over `Lanes` neighbouring lanes. They are added by a butterfly, so every lane gets the same bits.
 template <int Lanes>
 RIFORMER_DEVICE float lane_sum(float value) {
   RIFORMER_UNROLL
@@ -17,7 +18,8 @@ RIFORMER_DEVICE float lane_sum(float value) {
   return value;
 }
 
-// Threads that compute one image's statistics together: each takes every size-th channel from `index` on.
+// A team is the threads that compute the statistics of one image together; each takes every size-th channel from
+// `index` on. This team is a warp.
 struct WarpTeam {
   static constexpr int size = kWarp;
   int index = thread_index() % kWarp;
@@ -29,8 +31,9 @@ struct WarpTeam {
   }
 };
 
-// A whole block of `size` threads, whole warps. It has two buffers of kFloats / 2, used in turn: whoever writes to one
-// again has passed the barrier of the call between, and with it everybody's reading.
+// This team is a thread block of `size` threads. It has two buffers, of kFloats / 2 each, and uses them in turn. A
+// thread that writes to a buffer again has passed the barrier of the call in between, before which all threads have
+// read it.
 struct ThreadBlockTeam {
   static constexpr int kFloats = 64;
   float* shared;
@@ -48,7 +51,7 @@ struct ThreadBlockTeam {
     for (int warp = 0; warp < size / kWarp; ++warp) total += parts[warp];
     return total;
   }
-  // The value as one warp computes it: float64 is slow where GPUs have few units for it.
+  // The value as the first warp computes it. For float64, which is slow on GPUs that have few units for it.
   template <class Value>
   RIFORMER_DEVICE float once(const Value& value) {
     float* const place = buffer();
@@ -61,15 +64,15 @@ struct ThreadBlockTeam {
   }
 };
 
-// Of an image over its channels and positions. `low` is what rounding mu to float32 left out; a channel's mean minus
-// mu is (mean - first) - shift.
+// The statistics of an image over its channels and positions. `low` is what was lost when mu was rounded to float32.
+// For a channel whose mean is m, (m - first) - shift is m - mu without that loss.
 struct ImageStatistics {
   float mu, low, rstd, first, shift;
 };
 
-// From the moments mean(c) and centred(c) of the channels. Sums run over differences from `first`, a value among the
-// means, so that nothing cancels where the mean is much larger than the deviation. The variance is one number per
-// image: in float64 its four roundings become one.
+// From the moments mean(c) and centred(c) of the channels. The sums are over differences from `first`, which is one of
+// the means, so that nothing cancels where the mean is much larger than the deviation. The variance is computed in
+// float64: it is one number per image, and its four roundings become one.
 template <class Team, class Mean, class Centred>
 RIFORMER_DEVICE ImageStatistics image_statistics(Team& team, const Mean& mean, const Centred& centred, float first,
                                                  int channels, int64_t positions, float eps) {
@@ -92,7 +95,7 @@ RIFORMER_DEVICE ImageStatistics image_statistics(Team& team, const Mean& mean, c
   return {mu, shift - (mu - first), rstd, first, shift};
 }
 
-// ------------------------------------------------------------------------------------------------------- 16 bytes
+// --------------------------------------------------------------------------------------------------------- pieces
 
 template <class T>
 RIFORMER_DEVICE void unpack_piece(const Vec16& piece, float (&values)[kPerPiece<T>]) {
@@ -140,8 +143,8 @@ RIFORMER_DEVICE void store_values(void* out, DType dtype, int64_t at, const floa
 
 // ---------------------------------------------------------------------------------------- LayerNorm, a row at a time
 
-// A row of tokens between `Lanes` neighbouring lanes, each with every Lanes-th piece of 16 bytes: `Held` of them in
-// registers, or with 0 read again from memory (the nearest cache has them) by every pass.
+// A row of tokens, shared by `Lanes` neighbouring lanes: each has every Lanes-th piece. `Held` is how many of them it
+// keeps in registers; with 0 every pass over the row reads them again, from the nearest cache.
 template <class T, int Lanes, int Held>
 struct Row {
   const T* values;
@@ -156,7 +159,7 @@ struct Row {
         if (lane + i * Lanes < pieces) held[i] = load_16(values + (lane + i * Lanes) * kPerPiece<T>);
     }
   }
-  // visit(channel, values) for each of this lane's pieces.
+  // Calls visit(channel, values) for each piece of this lane.
   template <class Visit>
   RIFORMER_DEVICE void each(const Visit& visit) const {
     float found[kPerPiece<T>];
@@ -176,7 +179,8 @@ struct Row {
   }
 };
 
-// A row's value minus its mean is (value - first) - shift.
+// The statistics of a row. Its mean is first + shift; (value - first) - shift is a value minus the mean without the
+// rounding error of that sum.
 struct PositionStatistics {
   float first, shift, rstd;
 };
@@ -201,12 +205,13 @@ RIFORMER_DEVICE PositionStatistics position_statistics(const Row<T, Lanes, Held>
   return {first, shift, 1.f / sqrtf(variance + eps)};
 }
 
-// Those of `rows` consecutive rows, by all `threads` of a block, into shared memory.
+// The statistics of `rows` consecutive rows, by all `threads` threads of a thread block, into shared memory.
 template <class T, int Lanes>
 RIFORMER_DEVICE void tile_statistics(const T* x, int rows, int channels, float eps, PositionStatistics* found,
                                      int threads) {
   const int group = thread_index() / Lanes;
-  for (int first = 0; first < rows; first += threads / Lanes) {  // whole warps: shuffles
+  // Every thread makes every round, also for rows that do not exist, because the sums take whole warps.
+  for (int first = 0; first < rows; first += threads / Lanes) {
     const int row = first + group;
     const Row<T, Lanes, 0> values(x + static_cast<int64_t>(row) * channels, row < rows ? channels / kPerPiece<T> : 0);
     const PositionStatistics statistics = position_statistics(values, channels, eps);
@@ -215,8 +220,9 @@ RIFORMER_DEVICE void tile_statistics(const T* x, int rows, int channels, float e
   sync_thread_block();
 }
 
-// How a block of `threads` is laid over rows and pieces of 16 bytes: neighbours take neighbouring pieces, `step` rows
-// at a time; with more pieces than threads, all threads a row, in several rounds (`piece` then goes on by `threads`).
+// What a thread takes of a tile of rows of `pieces` pieces: the same piece of every `step`-th row. Consecutive threads
+// take consecutive pieces. If a row has more pieces than there are threads, all threads share one row, in several
+// rounds, and a thread's next piece is `threads` further.
 struct TileShare {
   int span, step, row, piece;
 
@@ -228,7 +234,8 @@ struct TileShare {
   RIFORMER_DEVICE bool idle() const { return row >= step; }
 };
 
-// How a row of `channels` is divided: narrow rows between 8 lanes (up to 5 pieces each), others between 32 (up to 6).
+// How many lanes share a row, and what each keeps in registers. narrow: 8 lanes, up to 5 pieces each. wide: 32 lanes,
+// up to 6 pieces each. any: 32 lanes, which keep nothing.
 enum class RowForm { narrow, wide, any };
 inline RowForm row_form(int64_t channels, int64_t bytes) {
   const int64_t pieces = channels * bytes / 16;

@@ -2,10 +2,10 @@
 
     python csrc/cuda/wgmma.py > csrc/cuda/wgmma.h
 
-One function has up to 96 sums among its operands; a list that long is better written by a loop than by hand.
+One function has up to 96 sums among its operands: a list that long is better written by a loop than by hand.
 """
 
-SHARED = (32, 64, 128)  # both operands from shared memory: the first product of a block, and the two-kernel form
+SHARED = (32, 64, 128)  # both operands from shared memory: the first product of a block, and the pair of kernels
 REGISTERS = (64, 96, 128, 160, 192)  # a from registers: the second product, on GELU's results
 TYPES = {"bf16": "bf16", "f16": "f16"}
 

@@ -42,6 +42,11 @@ def test_rows_tiles_and_turns(arithmetic):
     assert found.returncode == 0 and found.stdout == "0 failures\n", found.stdout + found.stderr
 
 
+def test_every_launcher_refuses_an_unknown_dtype(arithmetic):
+    found = subprocess.run([str(arithmetic), "dtypes"], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0 and found.stdout == "0 failures\n", found.stdout + found.stderr
+
+
 # ---------------------------------------------------------------------------------------------------------------- GELU
 
 

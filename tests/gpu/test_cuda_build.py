@@ -190,6 +190,9 @@ served = [a for a in (70, 75, 80, 86, 89, 90, 100, 120) if found.riformer_cuda_s
 assert served == [80, 86, 89, 90, 100, 120], served
 hopper, ampere = (found.riformer_cuda_choice(8, 64, 256, 3136, 1, a, 132).decode() for a in (90, 80))
 assert hopper and ampere and hopper != ampere, (hopper, ampere)
+for architecture in (80, 90):
+    unknown = found.riformer_cuda_choice(8, 64, 256, 3136, 7, architecture, 132).decode()
+    assert "dtype 7 has no element type" in unknown, unknown
 print("driver:", found.riformer_cuda_driver_error().decode())
 """
     done = python(code)

@@ -1,13 +1,21 @@
 // The kernels' plain arithmetic, over everything it can be asked: `gelu` writes GELU's float32 values for every 16-bit
 // pattern (bfloat16, then float16) and for the float32 values given on the standard input; `slots` checks how rows are
-// divided and which thread blocks take them.
+// divided and which thread blocks take them; `dtypes` checks that every launcher refuses a dtype that it does not know.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <stdexcept>
 #include <vector>
 
-#include "../../../csrc/cuda/block_fused_sm90.h"
 #include "../../../csrc/cuda/block_choice.h"
+#include "../../../csrc/cuda/block_fused_sm90.h"
+#include "../../../csrc/cuda/block_maps.h"
+#include "../../../csrc/cuda/convert.h"
+#include "../../../csrc/cuda/embed.h"
 #include "../../../csrc/cuda/gelu.h"
+#include "../../../csrc/cuda/head.h"
+#include "../../../csrc/cuda/moments.h"
+#include "../../../csrc/cuda/norm.h"
 #include "../../../csrc/cuda/slot_sm90.h"
 
 namespace rf = riformer::cuda;
@@ -72,8 +80,8 @@ static void check_tile(int channels) {
     }
 }
 
-// Threads that spread over a tile take every 16 bytes once.
-static void check_spread(int columns) {
+// The threads that norm a tile take each of its pieces once.
+static void check_norm_shares(int columns) {
   std::vector<int> taken(static_cast<size_t>(64 * columns / 8), 0);
   for (int t = 0; t < 128; ++t) {
     const rf::NormShare mine = rf::norm_share(columns, t);
@@ -113,7 +121,102 @@ static void check_turns() {
          "registers", C, at_launch, Config::kThreads);
 }
 
+constexpr auto kUnknown = static_cast<riformer::DType>(7);
+
+// `call` fails, and the text of its error has `expected` in it.
+template <class Call>
+static void expect_error(const char* what, const char* expected, const Call& call) {
+  try {
+    call();
+  } catch (const std::logic_error& error) {
+    if (std::strstr(error.what(), expected)) return;
+    std::printf("%s\n", error.what());
+  }
+  expect(false, what, 0, 0, 0);
+}
+
+// A launcher that is given `Args` of zeros but for one dtype, which is unknown.
+template <class Args, class Launch, class Field>
+static void expect_refused(const char* what, const Launch& launch, const Field& field) {
+  Args args{};
+  args.positions = 1;
+  field(args) = kUnknown;
+  expect_error(what, "dtype 7 has no element type", [&] { launch(args); });
+}
+
+static void check_norm_dtypes() {
+  const auto refused = [](const char* what, auto field) { expect_refused<rf::NormArgs>(what, rf::launch_norm, field); };
+  refused("norm: x", [](rf::NormArgs& args) -> auto& { return args.dtype; });
+  refused("norm: weight", [](rf::NormArgs& args) -> auto& { return args.weight.dtype; });
+  refused("norm: bias", [](rf::NormArgs& args) -> auto& { return args.bias.dtype; });
+  refused("norm: out", [](rf::NormArgs& args) -> auto& { return args.out_dtype; });
+}
+
+static void check_head_dtypes() {
+  const auto launch = [](rf::HeadArgs& args) {
+    args.per_position = true;
+    rf::launch_head(args);
+  };
+  const auto refused = [&](const char* what, auto field) { expect_refused<rf::HeadArgs>(what, launch, field); };
+  refused("head: x", [](rf::HeadArgs& args) -> auto& { return args.dtype; });
+  refused("head: norm_weight", [](rf::HeadArgs& args) -> auto& { return args.norm_weight.dtype; });
+  refused("head: norm_bias", [](rf::HeadArgs& args) -> auto& { return args.norm_bias.dtype; });
+  refused("head: fc_weight", [](rf::HeadArgs& args) -> auto& { return args.fc_weight.dtype; });
+  refused("head: fc_bias", [](rf::HeadArgs& args) -> auto& { return args.fc_bias.dtype; });
+  refused("head: out", [](rf::HeadArgs& args) -> auto& { return args.out_dtype; });
+}
+
+static void check_embed_dtypes() {
+  const auto launch = [](rf::EmbedArgs args) { rf::launch_embed(args); };
+  rf::EmbedArgs args{};
+  args.dtype = kUnknown;
+  expect_error("embed: out", "dtype 7 has no element type", [&] { launch(args); });
+  args = {};
+  args.x_dtype = kUnknown;
+  expect_error("embed: x", "dtype 7 has no element type", [&] { launch(args); });
+  args = {};
+  args.bias.dtype = kUnknown;
+  expect_error("embed: bias", "dtype 7 has no element type", [&] { launch(args); });
+}
+
+static void check_block_dtypes() {
+  const auto launch = [](rf::BlockArgs& args) {
+    args.per_position = true;
+    rf::launch_block_maps(args, nullptr, nullptr, nullptr);
+  };
+  constexpr rf::Parameter rf::BlockArgs::* kParameters[] = {
+      &rf::BlockArgs::layer_scale_1, &rf::BlockArgs::norm1_weight, &rf::BlockArgs::norm1_bias,
+      &rf::BlockArgs::affine_weight, &rf::BlockArgs::affine_bias,  &rf::BlockArgs::norm2_weight,
+      &rf::BlockArgs::norm2_bias,    &rf::BlockArgs::fc1_bias,     &rf::BlockArgs::fc2_bias,
+      &rf::BlockArgs::layer_scale_2};
+  for (const auto parameter : kParameters)
+    expect_refused<rf::BlockArgs>("block: a parameter", launch,
+                                  [=](rf::BlockArgs& args) -> auto& { return (args.*parameter).dtype; });
+}
+
+static void check_dtypes() {
+  expect_refused<rf::MomentsArgs>(
+      "moments",
+      [](const rf::MomentsArgs& args) { rf::launch_moments(nullptr, args.dtype, 0, 1, 8, nullptr, nullptr, {}); },
+      [](rf::MomentsArgs& args) -> auto& { return args.dtype; });
+  check_norm_dtypes();
+  check_head_dtypes();
+  check_embed_dtypes();
+  check_block_dtypes();
+  const auto f32 = riformer::DType::f32;
+  expect_error("convert: from", "dtype 7", [&] { rf::launch_convert({}, nullptr, kUnknown, nullptr, f32, 0); });
+  expect_error("convert: to", "dtype 7", [&] { rf::launch_convert({}, nullptr, f32, nullptr, kUnknown, 0); });
+  expect_error("16-bit kernels", "such kernels compute with 16-bit elements, not with float32",
+               [&] { rf::with_16_bit_dtype(f32, "such kernels", [](auto) {}); });
+  expect_error("16-bit kernels", "dtype 7", [&] { rf::with_16_bit_dtype(kUnknown, "such kernels", [](auto) {}); });
+}
+
 int main(int count, char** arguments) {
+  if (count == 2 && std::strcmp(arguments[1], "dtypes") == 0) {
+    check_dtypes();
+    std::printf("%d failures\n", failures);
+    return failures != 0;
+  }
   if (count == 2 && std::strcmp(arguments[1], "gelu") == 0) {
     all_patterns<riformer::bf16>();
     all_patterns<riformer::f16>();
@@ -128,7 +231,7 @@ int main(int count, char** arguments) {
       for (const bool per_image : {false, true}) check_slots(images, positions, per_image);
   for (int channels = 64; channels <= 768; channels += 64) check_tile<64>(channels);
   for (int channels = 32; channels <= 768; channels += 32) check_tile<32>(channels);
-  for (int columns = 8; columns <= 1024; columns += 8) check_spread(columns);
+  for (int columns = 8; columns <= 1024; columns += 8) check_norm_shares(columns);
   check_turns<64>(), check_turns<96>(), check_turns<128>(), check_turns<192>(), check_turns<320>(), check_turns<384>();
   std::printf("%d failures\n", failures);
   return failures != 0;
