@@ -1,4 +1,4 @@
-"""The CUDA backend where there is no GPU: its kernels on the emulator, how it says why it is unusable, how it is chosen.
+"""The CUDA backend where there is no GPU: its kernels on the emulator, why it is unusable, and how it is chosen.
 
 The emulated tests are in `tests/gpu/emulated/`, in processes of their own. What the compiler makes of the kernels is in
 `test_cuda_build.py`, what a GPU computes with them in `test_gpu.py`.
@@ -45,7 +45,7 @@ def test_emulated_files_are_found():
 
 
 def test_every_op_is_in_both_namespaces_with_one_schema():
-    for name in ("moments", "embed", "block", "block_", "norm", "head"):
+    for name in ops.ALL:
         found = {
             str(getattr(getattr(torch.ops, space), name).default._schema) for space in ("riformer", "riformer_cuda")
         }
@@ -55,7 +55,7 @@ def test_every_op_is_in_both_namespaces_with_one_schema():
 
 
 def test_no_kernel_serves_another_namespace():
-    """One dispatch key of one namespace has room for one kernel: Triton's CUDA kernels are not replaced."""
+    """An op has room for one kernel for each dispatch key. Triton's CUDA kernels must not be replaced."""
     for name in ops.ALL:
         assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"riformer_cuda::{name}", "CPU"), name
         built = cuda._load() is None
@@ -80,7 +80,7 @@ def test_a_tensor_on_the_cpu_is_refused_by_pytorch():
 
 @pytest.fixture
 def fresh():
-    """The answers that are kept are asked for anew, and forgotten afterwards."""
+    """Answers that are kept from earlier questions are forgotten before and after the test."""
     cuda._load.cache_clear()
     yield
     cuda._load.cache_clear()
@@ -94,7 +94,7 @@ def test_not_built_says_why(monkeypatch, tmp_path, fresh):
     cuda._load.cache_clear()
     note.write_text("not built: nvcc was not found\n")
     assert cuda.unusable() == "not built: nvcc was not found"
-    with pytest.raises(BackendError, match="backend 'cuda' cannot serve .*: not built: nvcc was not found"):
+    with pytest.raises(BackendError, match=r"backend 'cuda' cannot serve .*: not built: nvcc was not found"):
         backends.choose("cuda", GPU, torch.float32)
     row = next(row for row in info.collect()["backends"] if row["name"] == "cuda")
     assert (row["built"], row["usable"], row["architectures"]) == (False, False, [])
@@ -176,7 +176,7 @@ def test_an_architecture_that_is_not_compiled_in_names_the_build_option(pretend)
     pretend((9, 0), (8, 0), served=(90,))
     assert cuda.unusable() is None
     assert backends.choose("cuda", GPU, torch.float16) is cuda.BACKEND
-    with pytest.raises(BackendError, match="compiled for 80, 90a and cuda:1 has .* 8.0; .*_CUDA_ARCHITECTURES=80"):
+    with pytest.raises(BackendError, match=r"compiled for 80, 90a and cuda:1 has .* 8.0; .*_CUDA_ARCHITECTURES=80"):
         backends.choose("cuda", torch.device("cuda", 1), torch.float16)
 
 
@@ -202,7 +202,7 @@ def test_info_names_what_it_is_compiled_for(pretend, capsys):
 def test_without_any_gpu_backend_the_error_gives_every_reason():
     if torch.cuda.is_available():
         pytest.skip("a GPU is there")
-    with pytest.raises(BackendError, match="triton: .*; cuda: .*`riformer-kernels info`"):
+    with pytest.raises(BackendError, match=r"triton: .*; cuda: .*`riformer-kernels info`"):
         backends.choose("auto", GPU, torch.float32)
-    with pytest.raises(riformer_kernels.BackendError, match="unknown backend 'cudnn': .*'cuda'"):
+    with pytest.raises(riformer_kernels.BackendError, match=r"unknown backend 'cudnn': .*'cuda'"):
         backends.choose("cudnn", GPU, torch.float32)

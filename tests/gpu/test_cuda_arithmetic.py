@@ -77,8 +77,8 @@ def test_gelu_of_every_16_bit_value(arithmetic):
         finite = x.isfinite()
         x, y = x[finite], part[finite].double()
         error = (y - exact(x)).abs()
-        # 2.5e-5 in exact arithmetic (csrc/common/gelu.h); float32 adds up to 1e-5 where 1/2 - 1/2 is left over, at -4.4, and
-        # beyond that the left-over grows with x.
+        # 2.5e-5 in exact arithmetic (csrc/common/gelu.h). float32 adds up to 1e-5 at -4.4, where 1/2 - 1/2 leaves a
+        # rounding error, and beyond that the error grows with x.
         inside = x.abs() <= 4.4
         assert error[inside].max().item() <= 3.5e-5
         outside = ~inside

@@ -1,6 +1,7 @@
-"""What nvcc makes of the CUDA kernels: the library for sm_80 and sm_90a, built where nvcc is installed and read, not run.
+"""What nvcc makes of the CUDA kernels. Where nvcc is installed the library is built for sm_80 and sm_90a; it is read and
+not run.
 
-The build is one of the tests' own (`build/cuda`), as an installation beside a CPU build of PyTorch has none.
+The tests build it themselves, in `build/cuda`, because an installation beside a CPU build of PyTorch has none.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ ARCHITECTURES = ("sm_80", "sm_90a")
 STRICT = "-DCMAKE_CUDA_FLAGS=-Xptxas=--warning-as-error,--warn-on-spills,--warn-on-local-memory-usage"
 
 
-def in_a_row(output: str) -> set[str]:
-    """The kernels whose wgmma instructions ptxas serialises, for want of registers or because it does not follow them."""
+def serialised(output: str) -> set[str]:
+    """The kernels whose wgmma instructions ptxas runs one after the other, because it finds too few registers or cannot
+    follow them."""
     return set(re.findall(r"wgmma\.mma_async instructions are serialized .* function '(\w+)'", output))
 
 
@@ -35,7 +37,7 @@ def in_a_row(output: str) -> set[str]:
 def library() -> Path:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    return build("cuda", "riformer_cuda", "-DRIFORMER_CUDA=ON", STRICT, objection=in_a_row)
+    return build("cuda", "riformer_cuda", "-DRIFORMER_CUDA=ON", STRICT, objection=serialised)
 
 
 def stand_in(library: Path) -> Path:
@@ -98,7 +100,7 @@ def test_every_kernel_is_compiled_and_read(kernels):
 
 
 def test_no_kernel_keeps_anything_in_local_memory(kernels):
-    """Neither spills nor arrays that are indexed at run time: each would be a trip to memory in an inner loop."""
+    """No spills, and no arrays that are indexed at run time: each would be a trip to memory in an inner loop."""
     for key, kernel in kernels.items():
         assert (kernel.stack, kernel.local) == (0, 0), (key, kernel)
         assert not kernel.has("LDL") and not kernel.has("STL"), key
@@ -106,8 +108,8 @@ def test_no_kernel_keeps_anything_in_local_memory(kernels):
 
 
 def test_shared_memory_is_given_at_the_launch(kernels):
-    """Which checks its size; what is declared in a kernel would come on top of that. On Hopper a kilobyte of each
-    thread block belongs to the system."""
+    """The launch checks its size, and shared memory that a kernel declares would come on top of that. On Hopper a
+    kilobyte of each thread block belongs to the system."""
     for (architecture, name), kernel in kernels.items():
         assert kernel.shared in ((0,) if architecture == "sm_80" else (0, 1024)), (architecture, name)
 
@@ -135,7 +137,7 @@ def test_later_gpus_find_ptx(library):
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
 def test_what_the_library_needs_and_offers(library):
-    """No CPython symbol, no C++ symbol of torch, no CUDA library: the driver's alone, which the runtime inside opens."""
+    """No CPython symbol, no C++ symbol of torch, and no CUDA library. The runtime inside opens the driver by itself."""
 
     def symbols(*options: str) -> list[str]:
         lines = subprocess.run(["nm", "-D", *options, library], capture_output=True, text=True, check=True).stdout
