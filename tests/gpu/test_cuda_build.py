@@ -1,5 +1,5 @@
-"""What nvcc makes of the CUDA kernels. Where nvcc is installed the library is built for sm_80 and sm_90a; it is read and
-not run.
+"""What nvcc makes of the CUDA kernels. Where nvcc is installed the library is built for sm_80 and sm_90a, and then
+read, not run.
 
 The tests build it themselves, in `build/cuda`, because an installation beside a CPU build of PyTorch has none.
 """
