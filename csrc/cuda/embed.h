@@ -53,10 +53,10 @@ arrange_images_kernel(RIFORMER_GRID_CONSTANT ArrangeImagesArgs args) {
   const int64_t from = image * args.stride_batch + piece * kValues * args.stride_channel +
                        pixel / args.width * args.stride_row + pixel % args.width * args.stride_column;
   const Vec16 found = with_dtype_on_device(args.x_dtype, [&](auto element) {
-    const auto* const x = static_cast<const decltype(element)*>(args.x) + from;
+    const auto* const x = static_cast<const decltype(element)*>(args.x);
     float values[kValues];
     RIFORMER_UNROLL
-    for (int j = 0; j < kValues; ++j) values[j] = to_float(x[j * args.stride_channel]);
+    for (int j = 0; j < kValues; ++j) values[j] = to_float(x[from + j * args.stride_channel]);
     return pack_piece<T>(values);
   });
   store_16(static_cast<Vec16*>(args.out) + (image * args.pixels + pixel) * pieces + piece, found);

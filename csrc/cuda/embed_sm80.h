@@ -6,10 +6,9 @@
 //   copied, if Cin is a multiple of a piece: a piece is neighbouring channels at one tap, and the sum runs in the order
 //     (kh, kw, cin). Asynchronous copies read the tokens where they lie, and write zeros for pixels outside the image.
 //   gathered, if there are few channels (the stem): a piece is neighbouring pixels of one channel, and the sum runs in
-//   the
-//     order (kh, cin, kw), with kw padded to a multiple of a piece. So there is one address and one test of the row for
-//     eight values, and two pixels are loaded at a time where they are aligned. arrange_weight_kernel brings the weight
-//     into this order first.
+//     the order (kh, cin, kw), with kw padded to a multiple of a piece. So there is one address and one test of the row
+//     for eight values, and two pixels are loaded at a time where they are aligned. arrange_weight_kernel brings the
+//     weight into this order first.
 // Every sum is one chain of additions over the steps, whatever the tile. So the tile may depend on the batch.
 //
 // An own kernel and not cuDNN's, because of the bytes: a pass for the moments of cuDNN's result would read 0.78 MB per
@@ -157,8 +156,8 @@ struct GatheredRows {
   RIFORMER_DEVICE void load(unsigned char* to) {
     RIFORMER_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const Vec16 piece =
-          with_dtype_on_device(args.x_dtype, [&](auto element) { return gathered<decltype(element)>(at[i]); });
+      Vec16 piece;
+      with_dtype_on_device(args.x_dtype, [&](auto element) { piece = gathered<decltype(element)>(at[i]); });
       store_16(to + step_offset(row, thread_index() / kRows + 2 * i), piece);
       at[i].advance(args.inner, args.in_channels);
     }

@@ -106,9 +106,10 @@ RIFORMER_DEVICE int feature_place(int c, int channels) {
 // Computes the scores of `Images` images. First their features, which are the pooled normed tokens: [Images, C] float32
 // in shared memory, from the moments or from the sums of pool_kernel. Then each warp takes `Classes` classes at a time.
 // A lane sums the products of every 32nd piece of the weight's rows, and a butterfly adds the lanes. So the sum of a
-// score has one order, whatever images and classes are computed beside it. One image (1000 classes of 512 channels):
-// bound by latency, as all warps start at once. Eight images: a weight is read once for all of them; shared memory and
-// multiply-adds take the same time, 30 us at a batch of 1024.
+// score has one order, whatever images and classes are computed beside it.
+//
+// One image (1000 classes of 512 channels) is bound by latency, as all warps start at once. With eight images a weight
+// is read once for all of them; then shared memory and multiply-adds take the same time, 30 us at a batch of 1024.
 template <class W, int Classes, int Images>
 RIFORMER_KERNEL(kHeadThreads, 2)
 head_kernel(RIFORMER_GRID_CONSTANT HeadKernelArgs args) {

@@ -129,14 +129,12 @@ RIFORMER_DEVICE void store_values(void* out, DType dtype, int64_t at, const floa
   with_dtype_on_device(dtype, [&](auto element) {
     using Out = decltype(element);
     Out* const target = static_cast<Out*>(out) + at;
-    if constexpr (sizeof(Out) == 4) {
+    if constexpr (Count % kPerPiece<Out> == 0) {
       RIFORMER_UNROLL
-      for (int i = 0; i < Count; i += 4) store_16(target + i, pack_piece<Out>(values + i));
+      for (int i = 0; i < Count; i += kPerPiece<Out>) store_16(target + i, pack_piece<Out>(values + i));
     } else {
-      uint32_t words[Count / 2];
       RIFORMER_UNROLL
-      for (int i = 0; i < Count / 2; ++i) words[i] = pack<Out>(values[2 * i], values[2 * i + 1]);
-      std::memcpy(target, words, sizeof words);
+      for (int i = 0; i < Count; i += 2) store_word(target + i, pack<Out>(values[i], values[i + 1]));
     }
   });
 }

@@ -208,6 +208,7 @@ static void check_dtypes() {
   expect_error("convert: to", "dtype 7", [&] { rf::launch_convert({}, nullptr, f32, nullptr, kUnknown, 0); });
   expect_error("16-bit kernels", "such kernels compute with 16-bit elements, not with float32",
                [&] { rf::with_16_bit_dtype(f32, "such kernels", [](auto) {}); });
+  expect_error("a parameter in a kernel", "dtype 7", [] { rf::load_parameter({nullptr, kUnknown}, 0); });
   expect_error("16-bit kernels", "dtype 7", [&] { rf::with_16_bit_dtype(kUnknown, "such kernels", [](auto) {}); });
 }
 

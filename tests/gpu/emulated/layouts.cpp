@@ -45,7 +45,7 @@ static void swizzle() {
     expect(rf::swizzled<Bytes>(offset) == Theirs::apply(offset), "the swizzle", Bytes, offset);
 }
 
-// Rows of `Bytes` of shared memory from `start`, `value(row, k)` in the first 16 columns of piece `at`.
+// Fills rows of `Bytes` of shared memory from `start` on: `value(row, k)` in the 16 columns of step `at`.
 template <int Bytes, class Value>
 static void fill(unsigned char* start, int rows, int at, const Value& value) {
   using Theirs = std::conditional_t<Bytes == 128, cute::Swizzle<3, 4, 3>, cute::Swizzle<2, 4, 3>>;
@@ -70,13 +70,13 @@ static uint64_t their_descriptor(uint32_t address) {
 template <class Atom, int N, int Bytes>
 static void warpgroup(bool from_registers) {
   typename cute::MMA_Traits<Atom>::CLayout held;
-  const int piece = Bytes / 32 - 1;  // the last sixteen k of a row
+  const int step = Bytes / rf::kProductBytes - 1;  // the last of a row
   riformer::emulator::run({1, 1, 128, 64 * Bytes + N * Bytes}, "warpgroup", [&] {
     unsigned char *a = rf::shared_memory(), *b = a + 64 * Bytes;
     const int t = rf::thread_index();
     if (t == 0) {
-      fill<Bytes>(a, 64, piece, left);
-      fill<Bytes>(b, N, piece, right);
+      fill<Bytes>(a, 64, step, left);
+      fill<Bytes>(b, N, step, right);
     }
     rf::fence_async();
     rf::sync_thread_block();
@@ -90,12 +90,12 @@ static void warpgroup(bool from_registers) {
         registers[i / 2] |= static_cast<uint32_t>(bits(left(index % 64, index / 64))) << (16 * (i % 2));
       }
     }
-    const uint64_t second = rf::advanced(rf::descriptor<Bytes>(b), 32 * piece);
+    const uint64_t second = rf::advanced(rf::descriptor<Bytes>(b), rf::kProductBytes * step);
     rf::product_fence();
     if (from_registers)
       rf::product<bf16, N>(d, registers, second, false);
     else
-      rf::product<bf16, N>(d, rf::advanced(rf::descriptor<Bytes>(a), 32 * piece), second, false);
+      rf::product<bf16, N>(d, rf::advanced(rf::descriptor<Bytes>(a), rf::kProductBytes * step), second, false);
     rf::product_commit();
     rf::product_wait<0>();
     for (int i = 0; i < N / 2; ++i) {
