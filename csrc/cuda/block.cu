@@ -63,14 +63,18 @@ struct Layout {
 
 }  // namespace
 
-#if defined(RIFORMER_SM90) || defined(RIFORMER_EMULATED)
+#if defined(RIFORMER_SM90)
 bool has_sm90() { return true; }
 #else
+// In the place of block_sm90.cu, which is not compiled for a library without 90a. choose_block never chooses its
+// kernels.
 bool has_sm90() { return false; }
-void launch_block_sm90(BlockForm, DType, const BlockKernelArgs&, const Device&) {
+[[noreturn]] static void fail_without_sm90() {
   throw std::runtime_error(
       "riformer: this library has no code for sm_90a; build it with RIFORMER_CUDA_ARCHITECTURES=\"80;90a\"");
 }
+std::string describe_block_sm90(BlockForm, DType, int64_t, int64_t) { fail_without_sm90(); }
+void launch_block_sm90(BlockForm, DType, const BlockKernelArgs&, const Device&) { fail_without_sm90(); }
 #endif
 
 int expand_splits(int64_t groups, int tiles, int processors) {

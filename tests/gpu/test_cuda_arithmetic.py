@@ -47,6 +47,18 @@ def test_every_launcher_refuses_an_unknown_dtype(arithmetic):
     assert found.returncode == 0 and found.stdout == "0 failures\n", found.stdout + found.stderr
 
 
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
+@pytest.mark.parametrize("sm_90", [False, True])
+def test_a_library_without_sm_90_needs_nothing_of_it(tmp_path, sm_90):
+    """A library that is built without 90a has no block_sm90.cu, and has to link without it."""
+    unit = tmp_path / "block.o"
+    options = ["-std=c++17", "-DRIFORMER_EMULATED", *(["-DRIFORMER_SM90"] if sm_90 else [])]
+    source = ROOT / "csrc" / "cuda" / "block.cu"
+    subprocess.run(["g++", *options, "-x", "c++", "-c", source, "-o", unit], check=True)
+    needed = subprocess.run(["nm", "-C", "--undefined-only", unit], check=True, capture_output=True, text=True).stdout
+    assert ("describe_block_sm90" in needed) == ("launch_block_sm90" in needed) == sm_90, needed
+
+
 # ---------------------------------------------------------------------------------------------------------------- GELU
 
 
