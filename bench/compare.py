@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import growth
-import harness
 import isa
 import machine
 import measure
@@ -32,13 +31,14 @@ import peak
 import peers
 import tables
 import torch
+from child import HERE
 from progress import Progress
 
-from riformer_kernels.cli.bench import threads
 from riformer_kernels.errors import BackendError
+from riformer_kernels.machine import threads
 
 SCHEMA = 2
-RESULTS = harness.HERE / "results"
+RESULTS = HERE / "results"
 FULL_SECONDS, QUICK_SECONDS = 6.0, 0.4
 DTYPES = ("float32", "bfloat16", "float16")
 ROWS = ("ceilings", "model", "larger", "isa", "growth", "ops")

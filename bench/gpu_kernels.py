@@ -8,10 +8,10 @@ from typing import Any
 
 import riformer
 import torch
-from harness import percentile
 from torch import Tensor
 
 from riformer_kernels import backends
+from riformer_kernels.timing import percentile
 
 
 @contextmanager

@@ -32,12 +32,13 @@ def machine() -> dict[str, Any]:
 
     import riformer_kernels
     from riformer_kernels.backends import cpu
+    from riformer_kernels.machine import cpu_flags, cpu_name, usable_cpus
 
     isa = cpu.isa_status()
     return {
-        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
-        "cores": _cores(),
-        "flags": [flag for flag in FLAGS if flag in _cpuinfo("flags").split()],
+        "cpu": cpu_name(),
+        "cores": usable_cpus(),
+        "flags": [flag for flag in FLAGS if flag in cpu_flags()],
         "caches": _caches(),
         "isa": isa["chosen"],
         "isa_supported": isa["supported"],
@@ -53,23 +54,6 @@ def machine() -> dict[str, Any]:
         **_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _cpuinfo(field: str) -> str:
-    """The first ``field`` of /proc/cpuinfo, or "" where there is none."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == field:
-                return value.strip()
-    except OSError:
-        pass
-    return ""
-
-
-def _cores() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _caches() -> dict[str, str]:

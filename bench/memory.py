@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import HERE, child_environment
+from child import HERE, child_environment
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import HERE, Samples
+from child import HERE
+
+from riformer_kernels.timing import Samples
 
 SOURCE = HERE / "peak.cpp"
 FLAGS = ("-O2", "-std=c++17", "-pthread")

@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import interleave
 from subject import LAYOUTS, NCHW, REWRITTEN, UNCHANGED, Peer, Subject
 from token_form import token_form
 from torch import Tensor, nn
 from worker import describe
 
 import riformer_kernels
+from riformer_kernels.timing import interleave
 
 OURS = "ours"
 

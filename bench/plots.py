@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib
 import peak
-from harness import MOST_ELSEWHERE, MOST_SPREAD
+from verdict import MOST_ELSEWHERE, MOST_SPREAD
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

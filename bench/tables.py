@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import harness
 import measure
 import peers
 from peers import OURS
+from verdict import TOO_NOISY
 
 
 def table(header: Sequence[str], cells: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -118,7 +118,7 @@ def _model_report(group: list[dict[str, Any]]) -> list[str]:
     for form, what in ((peers.UNCHANGED, "the unchanged model"), (peers.REWRITTEN, "the model rewritten by hand")):
         best = measure.best_peer(group, form)
         if best is not None:
-            judged = f" ({best['verdict']})" if best["verdict"] == harness.TOO_NOISY else ""
+            judged = f" ({best['verdict']})" if best["verdict"] == TOO_NOISY else ""
             lines.append(f"{best['ratio']:.2f}x the best peer on {what}, {best['peer']}{judged}")
     return lines
 

@@ -1,6 +1,6 @@
 """A worker: one process that holds one thing to be timed, times it itself when told to, and sleeps otherwise.
 
-Every peer, ours included, runs in a worker of its own, and the driver lets them take turns (`harness.rotate`).
+Every peer, ours included, runs in a worker of its own, and the driver lets them take turns (`timing.rotate`).
 PyTorch, OpenVINO and ONNX Runtime each own a pool of threads that goes on spinning for a while after a call; in one
 process, or back to back, they take each other's cores: ours measured 106 images/s alone and 88-94 in one process with
 the two. A passive wait policy would prevent that, but is not what users run. So instead, before each sample the driver
@@ -28,8 +28,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from harness import HERE, SHORTEST_SAMPLE, Samples, child_environment, rotate
+from child import HERE, child_environment
 from machine import Elsewhere
+
+from riformer_kernels.timing import SHORTEST_SAMPLE, Samples, rotate
 
 SETTLE = 0.05
 SHORTEST = 20 * SHORTEST_SAMPLE  # a worker's thread pool has just been woken: several calls where they are short
