@@ -44,8 +44,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 ROWS = ("ceilings", "model", "larger", "isa", "growth", "ops")
 LARGER = (("s12", 384, 16, torch.bfloat16), ("m48", 224, 16, torch.bfloat16))
 """Beside the chosen model: more pixels, and the largest model. On these, peers on the unchanged model only."""
-LIMITED = {"avx512": (torch.float32, torch.bfloat16), "avx2": (torch.float32,)}
-"""What is compared under a limit: AVX2 has no bfloat16 arithmetic."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     add("--size", type=_positive, default=224, metavar="N", help="side of the images (default: 224)")
     add("--batch", type=_positive, nargs="+", metavar="N", help="default: 1 16; --quick: 16")
     add("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: float32 bfloat16")
-    add("--isa", nargs="+", choices=list(isa.LIMITS), help="instruction sets that nobody may exceed, for the isa rows "
+    add("--isa", nargs="+", choices=isa.LIMITS, help="instruction sets that nobody may exceed, for the isa rows "
         "(default: those below this machine's best)")  # fmt: skip
     add("--seconds", type=float, metavar="S", help=f"measured per peer and row (default: {FULL_SECONDS:g})")
     return found
@@ -174,8 +172,8 @@ class Plan:
 
     def _isa(self) -> Iterator[Step]:
         for limit in self.limits:
-            for dtype in LIMITED[limit]:
-                for batch in self.batches if dtype in self.dtypes else ():
+            for dtype in (dtype for dtype in self.dtypes if measure.dtype_name(dtype) in isa.TABLE[limit].dtypes):
+                for batch in self.batches:
                     yield self._cell(self.options.arch, self.options.size, batch, dtype, rewritten=False, limit=limit)
 
     def _growth(self) -> Iterator[Step]:

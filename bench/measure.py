@@ -127,8 +127,8 @@ def model(
         workers: dict[str, Worker] = {}
         for name in names:
             progress(f"building {name}")
-            if limit is not None and name in isa.UNREACHED:
-                reasons[name] = f"cannot be limited to {limit}: {isa.UNREACHED[name]}"
+            if limit is not None and name in isa.UNLIMITED:
+                reasons[name] = f"cannot be limited to {limit}: {isa.UNLIMITED[name]}"
                 continue
             arguments = {"folder": str(folder), "name": name, "limit": limit}
             # Compiled anew: what an earlier run found fastest, it may have found while the machine was busy.

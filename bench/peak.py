@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import isa as instruction_sets
 from child import HERE
 
 from riformer_kernels.timing import Samples
@@ -95,8 +96,7 @@ def ceiling(found: Sequence[dict[str, Any]], dtype: str, isa: str | None, thread
 
     A dtype without instructions of its own is computed in float32, whose ceiling holds then.
     """
-    order = ["avx2", "avx512", "amx"]
-    usable = order[: order.index(isa) + 1] if isa in order else []
+    usable = instruction_sets.up_to(isa)
     rates = {
         operation: [
             row["tflop_per_s"]
