@@ -1,4 +1,4 @@
-"""S12 at 224 px, images to logits, against every peer. Minutes per case with torch.compile; ``--no-compile`` without."""
+"""S12 at 224 px, images to logits, against every peer. torch.compile takes minutes; ``--no-compile`` skips it."""
 
 from __future__ import annotations
 

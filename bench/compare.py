@@ -245,7 +245,11 @@ def _plots(path: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0; 2 for an instruction set that is not there. Numbers of ours that are off are raised, peers' errors are rows."""
+    """0, or 2 for an instruction set that is not there.
+
+    Raises:
+        AssertionError: our numbers are off. What goes wrong with a peer is the reason in its row.
+    """
     options = parser().parse_args(arguments)
     try:
         for name in (None, *(options.isa or ())):

@@ -1,4 +1,4 @@
-"""Options and fixtures of the pytest-benchmark suite: ``pytest bench``, or ``pytest bench/bench_ops.py -k block-1x64``."""
+"""Options and fixtures of the pytest-benchmark suite: ``pytest bench``, or ``pytest bench -k block-1x64``."""
 
 from __future__ import annotations
 

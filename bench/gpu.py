@@ -4,11 +4,11 @@
     python bench/gpu.py --arch s12 --batch 256 --no-compile --output results.jsonl
     python bench/gpu.py --backend cuda        # one of ours alone; the default is all that are usable
 
-Order: the machine's two ceilings (copy bandwidth, bf16 matrix rate), then for each arch and batch the check (error-ratio
-rule; a failure stops everything), then the times. Peers: eager in two layouts, torch.compile max-autotune of the model
-and of its `F.linear` form, each also as a CUDA graph. Everything that is compared takes turns in one process, timed by
-device events. A batch of 1 replays with weights in the L2 cache, for all peers alike. What did not fit in the time is
-listed as not measured.
+First come the machine's two ceilings: copy bandwidth and bf16 matrix rate. Then, for each arch and batch, the numbers
+are checked by the error-ratio rule (a failure stops everything), and the times are taken. Peers: eager in two layouts,
+and torch.compile max-autotune of the model and of its `F.linear` form, each also as a CUDA graph. Everything that is
+compared takes turns in one process, timed by device events. A batch of 1 replays with weights in the L2 cache, for all
+peers alike. What did not fit in the time is listed as not measured.
 """
 
 from __future__ import annotations
@@ -210,7 +210,8 @@ def measure(
         if name in times:
             strongest = min((n for n in median if not n.startswith(OURS)), key=median.get)
             row |= {
-                "ms": 1e3 * median[name], "ms_p20": 1e3 * times[name].p20, "ms_p80": 1e3 * times[name].p80, "images_per_s": batch / median[name],
+                "ms": 1e3 * median[name], "ms_p20": 1e3 * times[name].p20, "ms_p80": 1e3 * times[name].p80,
+                "images_per_s": batch / median[name],
                 "strongest": strongest, "over_strongest": ratio(times[name], times[strongest]).median,
                 "tflop_per_s": batch * flop / median[name] / 1e12,
                 "of_matrix_rate": batch * flop / median[name] / 1e12 / top["tflop_per_s"],
@@ -270,7 +271,7 @@ def shown(rows: list[dict[str, Any]]) -> list[str]:
             if row.get("extra_memory_bytes") else "-",
         ))  # fmt: skip
     widths = [max(len(text[i]) for text in texts) for i in range(len(header))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(text, widths)).rstrip() for text in texts]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(text, widths, strict=True)).rstrip() for text in texts]
 
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:

@@ -98,9 +98,8 @@ def check(name: str | None = None) -> None:
     if status["error"]:
         raise BackendError(str(cpu.unusable()))
     if name is not None and name not in status["supported"]:
-        raise BackendError(
-            f"instruction set {name!r} is not to be had on this machine; expected one of {', '.join(status['supported'])}"
-        )
+        expected = ", ".join(status["supported"])
+        raise BackendError(f"instruction set {name!r} is not to be had on this machine; expected one of {expected}")
 
 
 def environment(limit: str | None) -> dict[str, str]:

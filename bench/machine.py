@@ -1,4 +1,4 @@
-"""What a measurement was made on, and how busy that was with other things."""
+"""What a measurement was made on, and how busy the machine was with other things meanwhile."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def _commit() -> dict[str, Any]:
 
 
 class Elsewhere:
-    """The share of the processors' time that others took, between entering and leaving; None if not known.
+    """The share of the processors' time that other processes took inside the block; None if not known.
 
-    Counted are the processors that this process may use. Not "others" are this process, without its children, and
-    the processes of ``own`` (`worker.Worker.pid`), which have to live for as long.
+    Only the processors that this process may use are counted. This process, without its children, and the processes of
+    ``own`` (`worker.Worker.pid`) are not others; they have to live until the block ends.
     """
 
     share: float | None = None
@@ -102,7 +102,7 @@ class Elsewhere:
         now = self._now()
         if now is None or self._before is None:
             return
-        busy, total, own = (after - before for after, before in zip(now, self._before))
+        busy, total, own = (after - before for after, before in zip(now, self._before, strict=True))
         self.share = min(1.0, max(0.0, (busy - own) / total)) if total > 0 else None
 
     def _now(self) -> tuple[float, float, float] | None:

@@ -207,7 +207,10 @@ def best_peer(rows: list[dict[str, Any]], form: str) -> dict[str, Any] | None:
 
 
 def summary(ours: dict[str, Any], others: dict[str, dict[str, Any]], best: str) -> dict[str, Any]:
-    """For pytest-benchmark's ``extra_info``: the row of ours, and each peer's interleaved ratio; ``ratio`` is that to the fastest of them."""
+    """For pytest-benchmark's ``extra_info``: the row of ours, and the ratio to each peer.
+
+    ``ratio`` is that to the peer called ``best``.
+    """
     found = {key: value for key, value in ours.items() if value is not None}
     for key in ("ratio", "ratio_p20", "ratio_p80", "verdict"):
         found[key] = others[best][key]

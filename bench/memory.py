@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -97,10 +98,9 @@ def _probe(request: dict[str, Any]) -> Memory:
 
 
 def _give_back_freed_memory() -> None:
-    try:
+    # Another C library than glibc has no such function.
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        pass  # not glibc
 
 
 def _resident() -> dict[str, int]:

@@ -25,9 +25,8 @@ SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "moments": STAGES,
 }
 """(channels, side) of the input: the four stages; for embed the image and the three downsamplings; for head the last
-stage at 224 and at 384 px. Every op of ``ops.ALL`` has an entry here, except those that work in place: such an op is the
-one without the underscore in its name, written over its input, and a benchmark that repeated it would feed it its own
-output."""
+stage at 224 and at 384 px. Every op of ``ops.ALL`` has an entry, except those that work in place: ``block_`` is
+``block`` written over its input, and a benchmark that repeated it would feed it its own output."""
 
 BATCHES = (1, 16)
 POOLED, MOST_DRAWS = 12_000, 24

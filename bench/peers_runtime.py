@@ -109,8 +109,11 @@ def _openvino(subject: Subject, hint: str) -> Peer:
         return call
 
     batches = ROUNDS * requests if hint == "THROUGHPUT" else 1
-    flight = f"{requests} requests in flight, time per batch of {batches}" if hint == "THROUGHPUT" else "one request"
-    detail = f"OpenVINO {_version(openvino)}, {hint.lower()} hint, {precision}, {streams} stream{'s' * (streams != 1)}, {flight}, float32 in and out"
+    detail = (
+        f"OpenVINO {_version(openvino)}, {hint.lower()} hint, {precision}, {streams} stream{'s' * (streams != 1)}, "
+        + (f"{requests} requests in flight, time per batch of {batches}" if hint == "THROUGHPUT" else "one request")
+        + ", float32 in and out"
+    )
     return Peer(f"openvino_{hint.lower()}", UNCHANGED, run, NCHW, detail, prepare=prepare, batches=batches)
 
 

@@ -68,16 +68,23 @@ def quiet() -> Iterator[None]:
         select_algorithm.PRINT_AUTOTUNE = before
 
 
+def _attempt(model: nn.Module, layout: str, x: Tensor) -> Callable[[Tensor], Tensor] | str:
+    """The compiled model, or why there is none."""
+    try:
+        return _compiled(model, layout, x)
+    except Exception as error:
+        return describe(error)
+
+
 def _compile(name: str, form: str, model: nn.Module, x: Tensor) -> Peer:
-    """Compiled in both layouts; the faster one stays. Should one fail, its error is in the detail."""
-    candidates, failed = {}, {}
-    for layout in LAYOUTS:
-        try:
-            run = _compiled(model, layout, x)
-        except Exception as error:
-            failed[layout] = describe(error)
-        else:
-            candidates[layout] = Peer(name, form, run, LAYOUTS[layout], "")
+    """Compiled in both layouts; the faster one stays. If one fails, its error is in the detail."""
+    attempts = {layout: _attempt(model, layout, x) for layout in LAYOUTS}
+    failed = {layout: found for layout, found in attempts.items() if isinstance(found, str)}
+    candidates = {
+        layout: Peer(name, form, found, LAYOUTS[layout], "")
+        for layout, found in attempts.items()
+        if not isinstance(found, str)
+    }
     if not candidates:
         raise RuntimeError("; ".join(f"{layout}: {reason}" for layout, reason in failed.items()))
     with torch.inference_mode():
@@ -85,7 +92,8 @@ def _compile(name: str, form: str, model: nn.Module, x: Tensor) -> Peer:
     best = min(times, key=lambda layout: times[layout].median)
     others = [f"{1e3 * times[layout].median:.3g} ms {layout}" for layout in times if layout != best]
     others += [f"{layout} failed: {reason}" for layout, reason in failed.items()]
-    detail = f"torch.compile max-autotune, freezing, {best} (chosen at {1e3 * times[best].median:.3g} ms; {', '.join(others)})"
+    chosen = f"{best} (chosen at {1e3 * times[best].median:.3g} ms; {', '.join(others)})"
+    detail = f"torch.compile max-autotune, freezing, {chosen}"
     return Peer(name, form, candidates[best].run, LAYOUTS[best], detail)
 
 

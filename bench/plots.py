@@ -17,6 +17,7 @@ from typing import Any
 
 import matplotlib
 import peak
+from plot_labels import write_names
 from verdict import MOST_ELSEWHERE, MOST_SPREAD
 
 matplotlib.use("Agg")
@@ -29,14 +30,15 @@ DTYPES = {"float32": "#d55e00", "bfloat16": "#0072b2", "float16": "#009e73"}
 TEXT = "#333333"
 STYLE = {
     "svg.hashsalt": "riformer_kernels", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 9,
-    "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": "#888888", "axes.linewidth": 0.8, "xtick.color": TEXT,
-    "ytick.color": TEXT, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5,
-    "figure.facecolor": "white",
+    "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": "#888888", "axes.linewidth": 0.8,
+    "xtick.color": TEXT, "ytick.color": TEXT, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.titlesize": 9.5, "figure.facecolor": "white",
 }  # fmt: skip
 LABELS = {
     "ours": "riformer_kernels", "eager": "PyTorch eager", "eager_channels_last": "eager, channels_last",
-    "eager_linear": "eager, rewritten by hand", "compile": "torch.compile", "compile_linear": "torch.compile, rewritten by hand",
-    "openvino_latency": "OpenVINO, latency", "openvino_throughput": "OpenVINO, throughput", "onnxruntime": "ONNX Runtime",
+    "eager_linear": "eager, rewritten by hand", "compile": "torch.compile",
+    "compile_linear": "torch.compile, rewritten by hand", "openvino_latency": "OpenVINO, latency",
+    "openvino_throughput": "OpenVINO, throughput", "onnxruntime": "ONNX Runtime",
 }  # fmt: skip
 WIDTH = 8.6  # inches; a README shows it at about 860 pixels
 
@@ -66,7 +68,10 @@ def _noisy(row: dict[str, Any]) -> bool:
 
 
 def throughput(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> pyplot.Figure | None:
-    """Bars of images/s with the 20th and 80th percentile: a panel per dtype and batch of the main cells; None without."""
+    """Bars of images/s with the 20th and 80th percentile, a panel per dtype and batch of the main cells.
+
+    None where the file has no such rows.
+    """
     models = [row for row in rows if row["kind"] == "model" and not row.get("isa_limit")]
     if not models:
         return None
@@ -153,7 +158,7 @@ def roofline(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> pyplot.Fig
     ridges = [value / bandwidth for value in ceilings.values() if value and bandwidth]
     left = min(min(x) / 2, *(ridge / 12 for ridge in ridges)) if ridges else min(x) / 2  # room for the slope's name
     y = [*(row["gflop_per_s"] for row in stages), *(value / 1e9 for value in ceilings.values() if value)]
-    for axis, dtype in zip(axes[0], dtypes):
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
         axis.set(xscale="log", yscale="log", xlim=(left, max(x) * 2), ylim=(min(y) / 1.8, max(y) * 1.8))
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -176,8 +181,12 @@ def roofline(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> pyplot.Fig
         fontsize=9.5,
     )  # fmt: skip
     figure.draw_without_rendering()  # the layout is final: names are placed by where the points are on paper
-    for axis, dtype in zip(axes[0], dtypes):
-        _names(axis, [row for row in stages if row["dtype"] == dtype], ceilings[dtype])
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        cell = [row for row in stages if row["dtype"] == dtype]
+        points = [
+            (row["stage"].replace("downsampling", "down"), row["flop_per_byte"], row["gflop_per_s"]) for row in cell
+        ]
+        write_names(axis, points, ceilings[dtype] / 1e9 if ceilings[dtype] else None)
     return figure
 
 
@@ -196,61 +205,8 @@ def _roof(axis: pyplot.Axes, ceiling: float | None, bandwidth: float | None) -> 
             axis.plot([left, end], [bandwidth * left / 1e9, bandwidth * end / 1e9], color=TEXT, linewidth=1.3)
         # Above the line, where no stage can be.
         at = left * (max(left, end) / left) ** 0.7
-        axis.annotate(f"copy {bandwidth / 1e9:.0f} GB/s", (at, bandwidth * at / 1e9), (-5, 2), textcoords="offset points",
-                      ha="right")  # fmt: skip
-
-
-PLACES = [
-    (0, 9),
-    (0, -9),
-    (24, 0),
-    (-24, 0),
-    (16, -17),
-    (-16, -17),
-    (16, 17),
-    (-16, 17),
-    (0, -20),
-    (30, -24),
-    (-30, -24),
-]
-"""Where a name may stand beside its point, in points of 1/72 inch; the first that is free is taken."""
-
-
-def _names(axis: pyplot.Axes, cell: Sequence[dict[str, Any]], ceiling: float | None) -> None:
-    """The stages' names beside their points, where no other name, point or roof is; a thin line where that is far."""
-    scale = 72 / axis.figure.dpi
-    at = [axis.transData.transform((row["flop_per_byte"], row["gflop_per_s"])) * scale for row in cell]
-    roof = axis.transData.transform((1, ceiling / 1e9))[1] * scale if ceiling else None
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in at]
-    # What `_roof` wrote.
-    for text in axis.texts:
-        written = text.get_window_extent()
-        taken.append(tuple(edge * scale for edge in (written.x0, written.y0, written.x1, written.y1)))
-    for row, (x, y) in sorted(zip(cell, at), key=lambda pair: -pair[1][1]):
-        name = row["stage"].replace("downsampling", "down")
-        half = 2.1 * len(name)
-
-        def box(place: tuple[float, float]) -> tuple[float, float, float, float]:
-            return x + place[0] - half, y + place[1] - 4, x + place[0] + half, y + place[1] + 4
-
-        def free(place: tuple[float, float]) -> bool:
-            left, low, right, high = box(place)
-            if roof is not None and low < roof + 2 and high > roof - 2:
-                return False
-            own = (x - 4, y - 4, x + 4, y + 4)
-            return not any(
-                left < other_right and right > other_left and low < top and high > bottom
-                for other_left, bottom, other_right, top in taken
-                if (other_left, bottom, other_right, top) != own
-            )
-
-        place = next(filter(free, PLACES), PLACES[0])
-        taken.append(box(place))
-        far = abs(place[1]) > 10
-        axis.annotate(
-            name, (row["flop_per_byte"], row["gflop_per_s"]), place, textcoords="offset points", ha="center", va="center",
-            fontsize=8, arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.5, "shrinkA": 0} if far else None,
-        )  # fmt: skip
+        name, place = f"copy {bandwidth / 1e9:.0f} GB/s", (at, bandwidth * at / 1e9)
+        axis.annotate(name, place, (-5, 2), textcoords="offset points", ha="right")
 
 
 # ------------------------------------------------------------------------------------------------------------- main

@@ -138,9 +138,8 @@ def digits_part(checkpoint: Path, quick: bool, problems: list[str]) -> dict[str,
         1 if quick else 3, min_rounds=2, max_rounds=2 if quick else 11, warmup=1,
     )  # fmt: skip
 
-    print(
-        f"\n(a) {len(held_out):,} held-out scanned digits, RIFormer of {riformer.count_parameters(trained):,} parameters"
-    )
+    parameters = riformer.count_parameters(trained)
+    print(f"\n(a) {len(held_out):,} held-out scanned digits, RIFormer of {parameters:,} parameters")
     print("    Plain PyTorch in training-time and deployed form, then patched, all in float32.")
     print("    Times: median of interleaved rounds ± half the span from the 20th to the 80th percentile.")
     print("    Errors: against float64.\n")
@@ -186,8 +185,8 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
 def _disagreements(ours: Tensor, eager: Tensor, golden: Tensor) -> Tensor:
     """Which images ``[n]`` get another answer from us than from eager, without being a tie.
 
-    A tie: float64's two largest logits are so close that errors within the limits can swap them. Our error may be twice
-    eager's, and it may be on both logits.
+    A tie: float64's two largest logits are so close that errors within the limits can swap them. Our error may be
+    twice eager's, and both logits may have it.
     """
     best = golden.topk(2, dim=1).values
     tie = best[:, 0] - best[:, 1] <= 4 * (eager.double() - golden).abs().max()

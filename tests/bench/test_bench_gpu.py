@@ -37,7 +37,10 @@ def test_defaults_are_those_of_the_targets(gpu):
 
 
 def test_moved_bytes(gpu):
-    """Stage by stage for S12 at 224: x in and out per block, and where the hidden tensor is in memory, 1 + 4 + 4 more."""
+    """Stage by stage for S12 at 224: x in and out per block.
+
+    Where the hidden tensor is in memory, x is read once more, and four times its size is written and read.
+    """
     tokens = [64 * 56**2, 128 * 28**2, 320 * 14**2, 512 * 7**2]
     embeds = 3 * 224**2 + 2 * sum(tokens) - tokens[-1]
     blocks = 2 * 2 * tokens[0] + 2 * 2 * tokens[1] + 6 * 11 * tokens[2] + 2 * 11 * tokens[3]
