@@ -13,10 +13,10 @@ import torch
 from support_bench import TINY, bench_on_path, module, native  # noqa: F401  (fixtures)
 
 MODEL_KEYS = {
-    "kind", "arch", "size", "batch", "dtype", "device", "isa", "threads", "peer", "form", "detail", "reason", "rounds",
-    "ms", "images_per_s", "images_per_s_p20", "images_per_s_p80", "ratio", "ratio_p20", "ratio_p80", "verdict",
-    "spread", "error_max", "error_rms", "error_ratio_rms", "error_passed", "extra_memory_bytes", "memory_ratio", "memory_method",
-    "memory_reason", "gflop_per_s", "ceiling_share", "elsewhere",
+    "kind", "arch", "size", "batch", "dtype", "device", "isa", "threads", "peer", "form", "detail", "reason",
+    "rounds", "ms", "images_per_s", "images_per_s_p20", "images_per_s_p80", "ratio", "ratio_p20", "ratio_p80",
+    "verdict", "spread", "error_max", "error_rms", "error_ratio_rms", "error_passed", "extra_memory_bytes",
+    "memory_ratio", "memory_method", "memory_reason", "gflop_per_s", "ceiling_share", "elsewhere",
 }  # fmt: skip
 
 
