@@ -50,6 +50,9 @@ def report(found: Sequence[dict[str, Any]]) -> str:
     ops = [row for row in rest if row["kind"] == "op"]
     if ops:
         parts += ["", _op_report(ops)]
+    left_out = [row["step"] for row in rest if row["kind"] == "left_out"]
+    if left_out:
+        parts += ["", f"left out, as there was no time left: {'; '.join(left_out)}"]
     return "\n".join(parts)
 
 

@@ -217,8 +217,8 @@ def test_report_says_everything_that_is_not_a_number() -> None:
 
 
 def test_lines_turn_what_json_lacks_into_null() -> None:
-    compare = module("compare")
-    assert json.loads(compare._line({"a": math.inf, "b": math.nan, "c": 1.5})) == {"a": None, "b": None, "c": 1.5}
+    journal = module("journal")
+    assert json.loads(journal.line({"a": math.inf, "b": math.nan, "c": 1.5})) == {"a": None, "b": None, "c": 1.5}
 
 
 def test_compare_rejects_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
