@@ -5,7 +5,7 @@
     python bench/compare.py --quick                        # five minutes, without torch.compile: a look, not a result
     python bench/compare.py --resume                       # goes on where the last run was interrupted
     python bench/compare.py --rows model --batch 16 --dtype bfloat16
-    python bench/plots.py bench/results/FILE.jsonl         # the plots again
+    python bench/plots.py bench/results/FILE.jsonl         # the plots again; summary.py for the small picture
 
 Writes one JSON object per line: first the machine ("kind": "header"), then "ceiling", "model", "growth",
 "growth_verdict" and "op" rows, and a "left_out" row for each step that there was no time for. Until it is complete, the
@@ -31,6 +31,7 @@ import measure
 import op_cases
 import peak
 import peers
+import summary
 import tables
 import torch
 from budget import Budget, OutOfTimeError
@@ -251,11 +252,15 @@ def default_path(head: dict[str, Any]) -> Path:
 
 
 def _plots(path: Path) -> str:
+    """Draw the summary and the plots; what was drawn, as text."""
+    drawn = [found.name for found in (summary.draw(path),) if found is not None]
     try:
         import plots
     except ImportError as error:
-        return f"no plots: {error.name} is not installed (pip install 'riformer-kernels[peers]')"
-    return f"plots: {', '.join(found.name for found in plots.draw(path)) or 'none, no rows for one'}"
+        missing = f"{error.name} is not installed (pip install 'riformer-kernels[peers]')"
+        return f"drawn: {', '.join(drawn) or 'nothing'}; no plots: {missing}"
+    drawn += [found.name for found in plots.draw(path)]
+    return f"drawn: {', '.join(drawn) or 'nothing, no rows for a plot'}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

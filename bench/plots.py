@@ -9,7 +9,6 @@ Made from the file alone, and the same bytes for the same file and matplotlib.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import matplotlib
 import peak
 from plot_labels import write_names
-from verdict import MOST_ELSEWHERE, MOST_SPREAD
+from result_file import is_noisy, machine_name, read, why_not
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -41,27 +40,6 @@ LABELS = {
     "openvino_throughput": "OpenVINO, throughput", "onnxruntime": "ONNX Runtime",
 }  # fmt: skip
 WIDTH = 8.6  # inches; a README shows it at about 860 pixels
-
-
-def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Header and rows of a result file."""
-    head, *rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return head, rows
-
-
-def _machine(head: dict[str, Any]) -> str:
-    parts = [
-        head["cpu"],
-        f"{head['torch_threads']} threads",
-        f"torch {head['torch'].partition('+')[0]}",
-        head["date"][:10],
-    ]
-    return ", ".join(parts)
-
-
-def _noisy(row: dict[str, Any]) -> bool:
-    """Whether it scattered too much, or others used too much of the machine: where a verdict would be withheld."""
-    return (row.get("spread") or 0.0) > MOST_SPREAD or (row.get("elsewhere") or 0.0) > MOST_ELSEWHERE
 
 
 # ------------------------------------------------------------------------------------------------------- throughput
@@ -91,7 +69,7 @@ def throughput(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> pyplot.F
             if i == len(dtypes) - 1:
                 axes[i, j].set_xlabel("images/s (median; line: 20th to 80th percentile)")
     figure.suptitle(
-        f"{str(arch).upper()} at {size} px, images to logits\n{_machine(head)}", x=0.01, ha="left", fontsize=9.5
+        f"{str(arch).upper()} at {size} px, images to logits\n{machine_name(head)}", x=0.01, ha="left", fontsize=9.5
     )
     return figure
 
@@ -105,13 +83,13 @@ def _bars(axis: pyplot.Axes, names: Sequence[str], cell: dict[str, dict[str, Any
             continue
         rate = row["images_per_s"]
         if rate is None:
-            axis.text(0.01 * most, at, _why_not(row), va="center", fontsize=8, color="#777777", style="italic")
+            axis.text(0.01 * most, at, why_not(row), va="center", fontsize=8, color="#777777", style="italic")
             continue
         colour = OURS if name == "ours" else REWRITTEN if row["form"] == "rewritten" else UNCHANGED
         axis.barh(at, rate, height=0.72, color=colour)
         low, high = row["images_per_s_p20"], row["images_per_s_p80"]
         axis.plot([low, high], [at, at], color=TEXT, linewidth=1.2, solid_capstyle="butt")
-        noisy = " (noisy)" if _noisy(row) else ""
+        noisy = " (noisy)" if is_noisy(row) else ""
         bold = "bold" if name == "ours" else "normal"
         axis.text(high + 0.015 * most, at, f"{rate:.0f}{noisy}", va="center", fontsize=8.5, fontweight=bold)
     axis.set_xlim(0, 1.16 * most)
@@ -119,17 +97,6 @@ def _bars(axis: pyplot.Axes, names: Sequence[str], cell: dict[str, dict[str, Any
     axis.set_yticks(range(len(names)), [LABELS[name] for name in names])
     axis.tick_params(axis="y", length=0)
     axis.set_title(title, loc="left")
-
-
-def _why_not(row: dict[str, Any]) -> str:
-    reason = row["reason"] or ""
-    return (
-        "not installed"
-        if "not installed" in reason
-        else f"no {row['dtype']}"
-        if row["dtype"] != "float32"
-        else "failed"
-    )
 
 
 # --------------------------------------------------------------------------------------------------------- roofline
@@ -171,15 +138,17 @@ def roofline(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> pyplot.Fig
         for row in cell:
             colour = DTYPES[dtype]
             axis.plot(row["flop_per_byte"], row["gflop_per_s"], MARKS[row["stage"].partition(" ")[0]], markersize=6.5,
-                      color=colour, markerfacecolor="white" if _noisy(row) else colour)  # fmt: skip
-        noisy = ", hollow: too noisy to judge" if any(map(_noisy, cell)) else ""
-        axis.set_title(f"{dtype}, batch {batch}{noisy}", loc="left")
+                      color=colour, markerfacecolor="white" if is_noisy(row) else colour)  # fmt: skip
+        hollow = ", hollow: too noisy to judge" if any(map(is_noisy, cell)) else ""
+        axis.set_title(f"{dtype}, batch {batch}{hollow}", loc="left")
         axis.set_xlabel("FLOP per byte that has to be moved")
     axes[0, 0].set_ylabel("GFLOP/s")
     figure.suptitle(
-        f"S12 at 224 px, every stage under the ceilings measured in the same run\n{_machine(head)}", x=0.01, ha="left",
+        f"S12 at 224 px, every stage under the ceilings measured in the same run\n{machine_name(head)}",
+        x=0.01,
+        ha="left",
         fontsize=9.5,
-    )  # fmt: skip
+    )
     figure.draw_without_rendering()  # the layout is final: names are placed by where the points are on paper
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         cell = [row for row in stages if row["dtype"] == dtype]
