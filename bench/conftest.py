@@ -52,7 +52,7 @@ def bench_op(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[op_cas
         ours, others = rows[0], rows[1:]
         best = min(others, key=lambda row: row["ms"])
         benchmark.group = f"{case.op} {measure.dtype_name(case.dtype)} batch {case.batch}"
-        benchmark.extra_info.update(measure.summary(ours, {row["peer"]: row for row in others}, best["peer"]))
+        benchmark.extra_info.update(measure.extra_info(ours, {row["peer"]: row for row in others}, best["peer"]))
         built = op_cases.build(case)
         x, moments = built.inputs()
         calls = max(1, int(1 / max(ours["ms"], 1e-3)))

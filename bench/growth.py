@@ -1,6 +1,6 @@
-"""How the cost grows: ours alone over image sizes, batch sizes and threads, with what was promised about it.
+"""How the cost grows: ours alone over image sizes, batch sizes and threads, compared with what was promised.
 
-A row per point, then one with the finding. Points of one axis take turns, each in a worker of its own.
+Each axis gives a row per point and one with the finding. The points of an axis take turns, each in a worker of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a measurement was made on, and how busy the machine was with other things meanwhile."""
+"""What a measurement was made on, and how busy other processes kept the machine."""
 
 from __future__ import annotations
 

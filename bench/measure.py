@@ -131,7 +131,7 @@ def model(
                 reasons[name] = f"cannot be limited to {limit}: {isa.UNLIMITED[name]}"
                 continue
             arguments = {"folder": str(folder), "name": name, "limit": limit}
-            # Compiled anew: what an earlier run found fastest, it may have found while the machine was busy.
+            # An empty cache: an earlier run may have chosen its fastest kernels while the machine was busy.
             environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), **isa.environment(limit)}
             try:
                 worker = Worker(
@@ -206,7 +206,7 @@ def best_peer(rows: list[dict[str, Any]], form: str) -> dict[str, Any] | None:
     return min(others, key=lambda row: row["ms"], default=None)
 
 
-def summary(ours: dict[str, Any], others: dict[str, dict[str, Any]], best: str) -> dict[str, Any]:
+def extra_info(ours: dict[str, Any], others: dict[str, dict[str, Any]], best: str) -> dict[str, Any]:
     """For pytest-benchmark's ``extra_info``: the row of ours, and the ratio to each peer.
 
     ``ratio`` is that to the peer called ``best``.

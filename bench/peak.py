@@ -30,7 +30,7 @@ def cache() -> Path:
 
 @functools.cache
 def build() -> Path:
-    """The compiled probe; its name holds a digest of source and compiler, so that a change of either compiles anew.
+    """The compiled probe; its name holds a digest of source and compiler, so that a change of either compiles a new one.
 
     Raises:
         OSError: there is no compiler, or it fails; the text says which.
@@ -64,9 +64,9 @@ def rows(
 ) -> list[dict[str, Any]]:
     """A "ceiling" row per kind of operation that the processor has, with one thread and with ``threads``.
 
-    Rates are TFLOP/s (for int8: TOP/s; a multiply-add is two), for the copy GB/s. All kinds are sampled ``passes``
-    times, one after the other, so that a disturbance of a second does not spoil one of them. A machine where the probe
-    cannot be built or run gets one row with the reason.
+    Rates are in TFLOP/s, of int8 in TOP/s, of the copy in GB/s; a multiply-add is two operations. All kinds are sampled
+    one after the other, ``passes`` times, so that a disturbance of a second does not spoil all samples of one of them.
+    Where the probe cannot be built or run, the only row has the reason.
     """
     common = {"kind": "ceiling", "source": "probe", "device": "cpu"}
     try:

@@ -44,10 +44,10 @@ def eager_linear(subject: Subject) -> Peer:
 
 
 def _compiled(model: nn.Module, layout: str, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """``torch.compile`` at its strongest for fixed weights and one shape; compiled when this returns."""
+    """``torch.compile`` with its fastest settings for fixed weights and one shape, already compiled."""
     model = copy.deepcopy(model).to(memory_format=LAYOUTS[layout])
     compiled = torch.compile(model, mode="max-autotune", dynamic=False, fullgraph=True)
-    # Freezing is asked for by the tracer too, which an option of the call would not reach.
+    # The tracer looks at this setting too; an option of torch.compile would not reach it.
     with torch._inductor.config.patch(freezing=True), torch.inference_mode(), quiet():
         compiled(x.contiguous(memory_format=LAYOUTS[layout]))
     return compiled
@@ -55,7 +55,7 @@ def _compiled(model: nn.Module, layout: str, x: Tensor) -> Callable[[Tensor], Te
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the autotuner's tables, of which there is one per product, on standard error."""
+    """Inside the block the autotuner prints no tables; it would print one per product to standard error."""
     from torch._inductor import select_algorithm
 
     before = select_algorithm.PRINT_AUTOTUNE

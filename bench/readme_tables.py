@@ -28,7 +28,7 @@ NOT_MEASURED = "-"
 
 
 def filled(text: str) -> str:
-    """``text`` with every marked table made anew.
+    """``text`` with every marked table made from its result file.
 
     Raises:
         OSError: a result file that a marker names cannot be read.
