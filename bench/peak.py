@@ -30,7 +30,7 @@ def cache() -> Path:
 
 @functools.cache
 def build() -> Path:
-    """The compiled probe; its name holds a digest of source and compiler, so that a change of either compiles a new one.
+    """The compiled probe. Its name holds a digest of source and compiler: where one has changed, a new one is compiled.
 
     Raises:
         OSError: there is no compiler, or it fails; the text says which.
