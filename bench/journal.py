@@ -55,7 +55,7 @@ class Journal:
                 raise JournalError(f"{path} holds an unfinished comparison: go on with --resume, or delete it")
             self._load(head)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Written anew, so that half a line at the end of an interrupted run is gone.
+        # The whole file is written again, so that half a line at the end of an interrupted run is gone.
         path.write_text(line(self.head) + "".join(self._step(step) for step in self.finished))
 
     def _load(self, head: dict[str, Any]) -> None:
