@@ -1,4 +1,7 @@
-"""What the machine is: the processor's name and features, the CPUs that this process may use, PyTorch's threads."""
+"""What the machine is: the processor's name and features, the CPUs that this process may use, PyTorch's threads.
+
+torch is imported inside `threads`: the command line's help imports this module and needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -44,6 +45,8 @@ def _cpuinfo() -> list[tuple[str, str]]:
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """Inside the block PyTorch has ``count`` threads; None leaves their number as it is."""
+    import torch
+
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)

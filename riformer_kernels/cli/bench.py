@@ -112,7 +112,8 @@ def _variants(
     import riformer_kernels
 
     plain = copy.deepcopy(model).to(torch_dtype(name))
-    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    # PyTorch's type stubs lack this argument.
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     patched = copy.deepcopy(plain)
     advance(0, f"{name}: verifying")
     # Raises VerificationError, exit 1, before anything is timed.
@@ -123,7 +124,7 @@ def _variants(
         _Variant(PATCHED, patched, False, served_by(handle)),
     ]
     if arguments.compile:
-        options = {"max_autotune": True, "freezing": True}
+        options: dict[str, Any] = {"max_autotune": True, "freezing": True}
         compiled = torch.compile(copy.deepcopy(last), options=options, dynamic=False)
         found.insert(2, _Variant("torch.compile", compiled, True, "PyTorch, max-autotune, freezing"))
     return found
