@@ -1,7 +1,4 @@
-"""What the machine is: the processor's name and features, the CPUs that this process may use, PyTorch's threads.
-
-torch is imported inside `threads`: the command line's help imports this module and needs no torch.
-"""
+"""What the machine is: the processor's name and features, the CPUs that this process may use, PyTorch's threads."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -45,8 +44,6 @@ def _cpuinfo() -> list[tuple[str, str]]:
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """Inside the block PyTorch has ``count`` threads; None leaves their number as it is."""
-    import torch
-
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)

@@ -144,8 +144,7 @@ def machine() -> dict[str, Any]:
     import torch
 
     import riformer_kernels
-
-    from ..machine import cpu_name
+    from riformer_kernels.machine import cpu_name
 
     return {
         "riformer_kernels": riformer_kernels.__version__,

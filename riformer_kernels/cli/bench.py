@@ -8,8 +8,6 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..machine import threads
-from ..timing import Samples, interleave
 from ._arguments import EXIT_CODES, add_backend, add_format, dtype, integer, number, several
 from ._models import machine, random_model, served_by, torch_dtype
 from ._output import document, note, progress, table
@@ -17,6 +15,8 @@ from ._output import document, note, progress, table
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from riformer_kernels.timing import Samples
 
 SUMMARY = "how fast, side by side with eager PyTorch (and torch.compile)"
 DESCRIPTION = """\
@@ -64,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from riformer_kernels.machine import threads
+
     _warn_if_busy()
     with threads(arguments.threads):
         model = random_model(arguments.arch, seed=0, deploy=True)
@@ -133,6 +135,8 @@ def _variants(
 def _configuration(variants: list[_Variant], name: str, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Time all variants for one dtype and batch size."""
     import torch
+
+    from riformer_kernels.timing import interleave
 
     size = arguments.image_size
     x = torch.randn((batch, 3, size, size), generator=torch.Generator().manual_seed(0)).to(torch_dtype(name))

@@ -9,7 +9,6 @@ import sys
 from importlib import metadata
 from typing import Any
 
-from .. import machine
 from ._arguments import EXIT_CODES, add_format
 from ._output import document, table
 
@@ -64,6 +63,7 @@ def collect() -> dict[str, Any]:
     """Everything that the command shows."""
     import torch
 
+    from riformer_kernels import machine
     from riformer_kernels.backends import cpu
 
     status = cpu.isa_status()
@@ -106,6 +106,8 @@ def _versions() -> dict[str, str | None]:
 
 
 def _features() -> dict[str, bool]:
+    from riformer_kernels import machine
+
     flags = machine.cpu_flags()
     return {name: name in flags for name in _FLAGS} if flags else {}
 
