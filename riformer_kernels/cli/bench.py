@@ -114,8 +114,8 @@ def _variants(
     import riformer_kernels
 
     plain = copy.deepcopy(model).to(torch_dtype(name))
-    # PyTorch's type stubs lack this argument.
-    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last: Any = copy.deepcopy(plain)
+    last.to(memory_format=torch.channels_last)
     patched = copy.deepcopy(plain)
     advance(0, f"{name}: verifying")
     # Raises VerificationError, exit 1, before anything is timed.
