@@ -1,4 +1,4 @@
-"""S12 at 224 px, images to logits, against every peer. Minutes per case with torch.compile; ``--no-compile`` without."""
+"""S12 at 224 px, images to logits, against every peer. torch.compile takes minutes; ``--no-compile`` skips it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_model(request: pytest.FixtureRequest, benchmark: Any, model_dtype: torc
     best = measure.best_peer(rows, peers.UNCHANGED)
     assert best is not None
     benchmark.group = f"s12 at 224 px {measure.dtype_name(model_dtype)} batch {batch}"
-    benchmark.extra_info.update(measure.summary(rows[0], others, best["peer"]))
+    benchmark.extra_info.update(measure.extra_info(rows[0], others, best["peer"]))
     benchmark.extra_info["memory_ratio"] = {
         name: row["memory_ratio"] for name, row in others.items() if row["memory_ratio"]
     }

@@ -2,19 +2,21 @@
 """The comparison of the patched model with its peers: tables, JSON lines and plots.
 
     python bench/compare.py                                # about an hour on 2 cores, most of it torch.compile
-    python bench/compare.py --quick                        # a few minutes, without torch.compile: a look, not a result
+    python bench/compare.py --quick                        # five minutes, without torch.compile: a look, not a result
+    python bench/compare.py --resume                       # goes on where the last run was interrupted
     python bench/compare.py --rows model --batch 16 --dtype bfloat16
-    python bench/plots.py bench/results/FILE.jsonl         # the plots again
+    python bench/plots.py bench/results/FILE.jsonl         # the plots again; summary.py for the small picture
 
 Writes one JSON object per line: first the machine ("kind": "header"), then "ceiling", "model", "growth",
-"growth_verdict" and "op" rows. Read it with ``pandas.read_json(path, lines=True)`` or line by line.
+"growth_verdict" and "op" rows, and a "left_out" row for each step that there was no time for. Until it is complete, the
+rows are in FILE.partial (`journal.py`). Read it with ``pandas.read_json(path, lines=True)`` or line by line.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,29 +25,34 @@ from pathlib import Path
 from typing import Any
 
 import growth
-import harness
 import isa
 import machine
 import measure
 import op_cases
 import peak
 import peers
+import summary
 import tables
 import torch
+from budget import Budget, OutOfTimeError
+from child import HERE
+from journal import Journal, JournalError
 from progress import Progress
 
-from riformer_kernels.cli.bench import threads
 from riformer_kernels.errors import BackendError
+from riformer_kernels.machine import threads, usable_cpus
 
 SCHEMA = 2
-RESULTS = harness.HERE / "results"
+RESULTS = HERE / "results"
 FULL_SECONDS, QUICK_SECONDS = 6.0, 0.4
+QUICK_LIMIT = 300.0
+"""Seconds for the whole of ``--quick``."""
 DTYPES = ("float32", "bfloat16", "float16")
 ROWS = ("ceilings", "model", "larger", "isa", "growth", "ops")
+QUICK_ROWS = ("ceilings", "model", "ops", "growth", "isa")
+"""Those of ``--quick``, the most important first: what there is no time for is left out."""
 LARGER = (("s12", 384, 16, torch.bfloat16), ("m48", 224, 16, torch.bfloat16))
 """Beside the chosen model: more pixels, and the largest model. On these, peers on the unchanged model only."""
-LIMITED = {"avx512": (torch.float32, torch.bfloat16), "avx2": (torch.float32,)}
-"""What is compared under a limit: AVX2 has no bfloat16 arithmetic."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,7 +61,8 @@ def parser() -> argparse.ArgumentParser:
         description="Compare the patched model with its peers; write the rows as JSON lines, and plots.",
     )
     add = found.add_argument
-    add("--quick", action="store_true", help="little measuring, few shapes, no torch.compile: a look, not a result")
+    add("--quick", action="store_true", help="five minutes at most, no torch.compile: a look, not a result")
+    add("--resume", action="store_true", help="go on with the comparison that was interrupted; same options")
     add(
         "--rows",
         nargs="+",
@@ -72,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add("--size", type=_positive, default=224, metavar="N", help="side of the images (default: 224)")
     add("--batch", type=_positive, nargs="+", metavar="N", help="default: 1 16; --quick: 16")
     add("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: float32 bfloat16")
-    add("--isa", nargs="+", choices=list(isa.LIMITS), help="instruction sets that nobody may exceed, for the isa rows "
+    add("--isa", nargs="+", choices=isa.LIMITS, help="instruction sets that nobody may exceed, for the isa rows "
         "(default: those below this machine's best)")  # fmt: skip
     add("--seconds", type=float, metavar="S", help=f"measured per peer and row (default: {FULL_SECONDS:g})")
     return found
@@ -102,12 +110,13 @@ class Step:
 
 
 class Plan:
-    """The steps that the options ask for; ``ceilings`` are those of a step that has been made."""
+    """The steps that the options ask for; ``ceilings`` are the rows of the ceilings once their steps are finished."""
 
     def __init__(self, options: argparse.Namespace, cores: int) -> None:
         self.quick = options.quick
         self.seconds = options.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS)
-        self.kinds = options.rows or [kind for kind in ROWS if not (options.quick and kind == "larger")]
+        order = (*QUICK_ROWS, "larger") if options.quick else ROWS
+        self.kinds = [kind for kind in order if kind in (options.rows or (QUICK_ROWS if options.quick else ROWS))]
         self.batches = options.batch or ([16] if options.quick else [1, 16])
         self.dtypes = tuple(getattr(torch, name) for name in options.dtype)
         self.compiled = not (options.no_compile or options.quick)
@@ -119,7 +128,9 @@ class Plan:
         """For the header."""
         return {
             "quick": self.quick, "seconds_per_peer": self.seconds, "threads_asked_for": self.options.threads,
-            "compile": self.compiled, "rows": list(self.kinds),
+            "compile": self.compiled, "rows": list(self.kinds), "arch": self.options.arch, "size": self.options.size,
+            "batches": list(self.batches), "dtypes": list(self.options.dtype), "limits": list(self.limits),
+            "peers": self.options.peers, "memory": not self.options.no_memory,
         }  # fmt: skip
 
     def steps(self) -> list[Step]:
@@ -127,12 +138,11 @@ class Plan:
             "ceilings": self._ceilings, "model": self._model, "larger": self._larger, "isa": self._isa,
             "growth": self._growth, "ops": self._ops,
         }  # fmt: skip
-        return [step for kind in ROWS if kind in self.kinds for step in made[kind]()]
+        return [step for kind in self.kinds for step in made[kind]()]
 
     def _ceilings(self) -> Iterator[Step]:
         def probe(say: Callable[[str], None]) -> list[dict[str, Any]]:
-            self.ceilings = peak.rows(torch.get_num_threads(), passes=1 if self.quick else peak.PASSES)
-            return self.ceilings
+            return peak.rows(torch.get_num_threads(), passes=1 if self.quick else peak.PASSES)
 
         yield Step("ceilings of the processor", 5 if self.quick else 20, probe)
         seconds = min(self.seconds, 2.0)
@@ -160,7 +170,8 @@ class Plan:
 
         name = f"{arch if isinstance(arch, str) else 'custom'} at {size} px, {measure.dtype_name(dtype)}, batch {batch}"
         weight = sum(10 + self.seconds + 100 * (peer in peers.COMPILED) for peer in names)
-        return Step(f"{name}, at most {limit}" if limit else name, weight, rows)
+        name += f", at most {limit}" if limit else "" if rewritten else ", unchanged peers"
+        return Step(name, weight, rows)
 
     def _model(self) -> Iterator[Step]:
         options = self.options
@@ -174,8 +185,8 @@ class Plan:
 
     def _isa(self) -> Iterator[Step]:
         for limit in self.limits:
-            for dtype in LIMITED[limit]:
-                for batch in self.batches if dtype in self.dtypes else ():
+            for dtype in (dtype for dtype in self.dtypes if measure.dtype_name(dtype) in isa.TABLE[limit].dtypes):
+                for batch in self.batches:
                     yield self._cell(self.options.arch, self.options.size, batch, dtype, rewritten=False, limit=limit)
 
     def _growth(self) -> Iterator[Step]:
@@ -186,7 +197,7 @@ class Plan:
                     at = "" if axis == "batch" else f", batch {batch}"
                     yield Step(
                         f"growth over {axis}, {measure.dtype_name(dtype)}{at}",
-                        20 + 7 * self.seconds,
+                        35 + 7 * self.seconds,
                         lambda say, dtype=dtype, axis=axis, batch=batch: growth.rows(
                             axis, self.options.arch, dtype, cores=self.cores, seconds=self.seconds,
                             size=self.options.size, batch=batch, progress=say, **shapes,
@@ -205,21 +216,31 @@ class Plan:
                 )
 
 
-def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Header, then each step's rows as soon as they are measured."""
-    head = machine.machine()
-    plan = Plan(options, head["cores"])
-    yield {"kind": "header", "schema": SCHEMA, **head, "settings": plan.settings()}
+def header(plan: Plan) -> dict[str, Any]:
+    return {"kind": "header", "schema": SCHEMA, **machine.machine(), "settings": plan.settings()}
+
+
+def run_steps(plan: Plan, journal: Journal, budget: Budget) -> list[dict[str, Any]]:
+    """Make every step that the journal lacks and the budget has time for; returns a row for each that was left out."""
     steps = plan.steps()
     progress = Progress(sum(step.weight for step in steps))
+    left_out = []
     finished = False
     try:
         for step in steps:
             progress.step(step.what, step.weight)
-            yield from step.rows(progress.say)
+            if step.what not in journal.finished:
+                try:
+                    found = budget.run(step.weight, functools.partial(step.rows, progress.say))
+                except OutOfTimeError as error:
+                    left_out.append({"kind": "left_out", "step": step.what, "reason": str(error)})
+                    continue
+                journal.add(step.what, found)
+            plan.ceilings += [row for row in journal.finished[step.what] if row["kind"] == "ceiling"]
         finished = True
     finally:
         progress.close(finished)
+    return left_out
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -230,24 +251,24 @@ def default_path(head: dict[str, Any]) -> Path:
     return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}.jsonl"
 
 
-def _line(row: dict[str, Any]) -> str:
-    """JSON; what is not finite (a peer without any error to compare with, a peer that returns NaN) becomes null."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-    }
-    return json.dumps(finite, allow_nan=False) + "\n"
-
-
 def _plots(path: Path) -> str:
+    """Draw the summary and the plots; what was drawn, as text."""
+    drawn = [found.name for found in (summary.draw(path),) if found is not None]
     try:
         import plots
     except ImportError as error:
-        return f"no plots: {error.name} is not installed (pip install 'riformer-kernels[peers]')"
-    return f"plots: {', '.join(found.name for found in plots.draw(path)) or 'none, no rows for one'}"
+        missing = f"{error.name} is not installed (pip install 'riformer-kernels[peers]')"
+        return f"drawn: {', '.join(drawn) or 'nothing'}; no plots: {missing}"
+    drawn += [found.name for found in plots.draw(path)]
+    return f"drawn: {', '.join(drawn) or 'nothing, no rows for a plot'}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0; 2 for an instruction set that is not there. Numbers of ours that are off are raised, peers' errors are rows."""
+    """0, or 2 for an instruction set that is not there.
+
+    Raises:
+        AssertionError: our numbers are off. What goes wrong with a peer is the reason in its row.
+    """
     options = parser().parse_args(arguments)
     try:
         for name in (None, *(options.isa or ())):
@@ -255,24 +276,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BackendError as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
-    found = []
     with threads(options.threads):
-        measured = rows(options)
-        found.append(next(measured))
-        too_few = growth.too_few(found[0]["cores"], torch.get_num_threads())
+        plan = Plan(options, usable_cpus())
+        head = header(plan)
+        path = options.out or default_path(head)
+        try:
+            # Beside the old result until this one is complete.
+            journal = Journal(path.with_name(path.name + ".partial"), head, resume=options.resume)
+        except JournalError as error:
+            print(f"compare.py: {error}", file=sys.stderr)
+            return 2
+        too_few = growth.too_few(plan.cores, torch.get_num_threads())
         if too_few:
             print(f"compare.py: thread scaling {too_few}", file=sys.stderr)
-        path = options.out or default_path(found[0])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the old result until this one is complete.
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w") as file:
-            file.write(_line(found[0]))
-            for row in measured:
-                found.append(row)
-                file.write(_line(row))
-                file.flush()
-        partial.replace(path)
+        left_out = run_steps(plan, journal, Budget(QUICK_LIMIT if options.quick else None))
+        found = journal.finish(path, [step.what for step in plan.steps()], left_out)
     print(tables.report(found))
     print(f"\n{len(found)} rows in {path}")
     if not options.no_plots:

@@ -1,4 +1,4 @@
-"""Options and fixtures of the pytest-benchmark suite: ``pytest bench``, or ``pytest bench/bench_block.py -k 56``."""
+"""Options and fixtures of the pytest-benchmark suite: ``pytest bench``, or ``pytest bench -k block-1x64``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import measure
 import op_cases
 import pytest
 import torch
+
+from riformer_kernels.machine import threads
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -27,10 +29,9 @@ def dtypes(config: pytest.Config) -> tuple[torch.dtype, ...]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``case``: every case of the op that the file is named after."""
+    """``case``: every case of every op; ``model_dtype``: the dtypes that the options name."""
     if "case" in metafunc.fixturenames:
-        op = metafunc.module.__name__.removeprefix("bench_")
-        found = op_cases.cases(op, dtypes(metafunc.config))
+        found = [case for op in op_cases.SHAPES for case in op_cases.cases(op, dtypes(metafunc.config))]
         metafunc.parametrize("case", found, ids=[str(case).replace(" ", "-") for case in found])
     if "model_dtype" in metafunc.fixturenames:
         metafunc.parametrize("model_dtype", dtypes(metafunc.config), ids=measure.dtype_name)
@@ -38,10 +39,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.config.getoption("--threads") or before)
-    yield
-    torch.set_num_threads(before)
+    with threads(request.config.getoption("--threads")):
+        yield
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def bench_op(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[op_cas
         ours, others = rows[0], rows[1:]
         best = min(others, key=lambda row: row["ms"])
         benchmark.group = f"{case.op} {measure.dtype_name(case.dtype)} batch {case.batch}"
-        benchmark.extra_info.update(measure.summary(ours, {row["peer"]: row for row in others}, best["peer"]))
+        benchmark.extra_info.update(measure.extra_info(ours, {row["peer"]: row for row in others}, best["peer"]))
         built = op_cases.build(case)
         x, moments = built.inputs()
         calls = max(1, int(1 / max(ours["ms"], 1e-3)))

@@ -4,17 +4,18 @@
     python bench/gpu.py --arch s12 --batch 256 --no-compile --output results.jsonl
     python bench/gpu.py --backend cuda        # one of ours alone; the default is all that are usable
 
-Order: the machine's two ceilings (copy bandwidth, bf16 matrix rate), then for each arch and batch the check (error-ratio
-rule; a failure stops everything), then the times. Peers: eager in two layouts, torch.compile max-autotune of the model
-and of its `F.linear` form, each also as a CUDA graph. Everything that is compared takes turns in one process, timed by
-device events. A batch of 1 replays with weights in the L2 cache, for all peers alike. What did not fit in the time is
-listed as not measured.
+First come the machine's two ceilings: copy bandwidth and bf16 matrix rate. Then, for each arch and batch, the numbers
+are checked by the error-ratio rule (a failure stops everything), and the times are taken. Peers: eager in two layouts,
+and torch.compile max-autotune of the model and of its `F.linear` form, each also as a CUDA graph. Everything that is
+compared takes turns in one process, timed by device events. A batch of 1 replays with weights in the L2 cache, for all
+peers alike. What did not fit in the time is listed as not measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import gc
 import json
 import platform
@@ -28,7 +29,6 @@ from typing import Any
 
 import torch
 from gpu_kernels import fused_by, kernel_times, moved_bytes, profiled_times
-from harness import percentile
 from peers_torch import quiet
 from riformer.count import count_macs
 from subject import LAYOUTS, random_images, random_model
@@ -38,6 +38,7 @@ from worker import describe
 
 import riformer_kernels
 from riformer_kernels import backends, numerics
+from riformer_kernels.timing import Samples, ratio, rotate
 
 ARCHS = ("s12", "m36", "s24", "s36", "m48")  # in the order of interest: the two widths first
 BATCHES = (256, 1, 64, 1024)
@@ -79,19 +80,10 @@ def timed(call: Callable[[], object], calls: int) -> float:
     return start.elapsed_time(end) / 1e3 / calls
 
 
-def interleaved(functions: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds per call, a sample each per round, in rotating order."""
-    calls = {}
-    for name, function in functions.items():
-        function()
-        calls[name] = max(1, round(SAMPLE_SECONDS / max(timed(function, 2), 1e-6)))
-    found: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
-    for turn in range(rounds):
-        for position in range(len(names)):
-            name = names[(turn + position) % len(names)]
-            found[name].append(timed(functions[name], calls[name]))
-    return found
+def interleaved(functions: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, Samples]:
+    """`rotate` by the device's clock: each sample is of as many calls as take ``SAMPLE_SECONDS``."""
+    samplers = {name: functools.partial(timed, function) for name, function in functions.items()}
+    return rotate(samplers, 0.0, min_rounds=rounds, warmup=3, shortest=SAMPLE_SECONDS)
 
 
 def graph_of(call: Callable[[], object]) -> Callable[[], object]:
@@ -120,7 +112,7 @@ def ceilings() -> dict[str, float]:
     target = torch.empty_like(source)
     a, b = (torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     times = interleaved({"copy": lambda: target.copy_(source), "matrix": lambda: a @ b})
-    median = {name: percentile(values, 0.5) for name, values in times.items()}
+    median = {name: samples.median for name, samples in times.items()}
     return {"gbyte_per_s": 2 * COPY_BYTES / median["copy"] / 1e9, "tflop_per_s": 2 * SIDE**3 / median["matrix"] / 1e12}
 
 
@@ -207,7 +199,7 @@ def measure(
         except Exception as error:
             missing[f"{name} + graph"] = describe(error)
     times = interleaved(calls)
-    median = {name: percentile(values, 0.5) for name, values in times.items()}
+    median = {name: samples.median for name, samples in times.items()}
     flop = 2 * count_macs(arch, size, count="products")
     moved = {f"{OURS} {backend}": moved_bytes(arch, size, dtype, fused_by(backend, batch, dtype)) for backend in chosen}
     memory = {name: peak_bytes(calls[name]) for name in (*ours, "eager NCHW")}
@@ -216,12 +208,11 @@ def measure(
     for name in [*calls, *missing]:
         row = {**common, "peer": name, "reason": missing.get(name)}
         if name in times:
-            pairs = {theirs: percentile([b / a for a, b in zip(times[name], times[theirs])], 0.5) for theirs in times}
             strongest = min((n for n in median if not n.startswith(OURS)), key=median.get)
             row |= {
-                "ms": 1e3 * median[name], "ms_p20": 1e3 * percentile(times[name], 0.2),
-                "ms_p80": 1e3 * percentile(times[name], 0.8), "images_per_s": batch / median[name],
-                "strongest": strongest, "over_strongest": pairs[strongest],
+                "ms": 1e3 * median[name], "ms_p20": 1e3 * times[name].p20, "ms_p80": 1e3 * times[name].p80,
+                "images_per_s": batch / median[name],
+                "strongest": strongest, "over_strongest": ratio(times[name], times[strongest]).median,
                 "tflop_per_s": batch * flop / median[name] / 1e12,
                 "of_matrix_rate": batch * flop / median[name] / 1e12 / top["tflop_per_s"],
             }  # fmt: skip
@@ -280,7 +271,7 @@ def shown(rows: list[dict[str, Any]]) -> list[str]:
             if row.get("extra_memory_bytes") else "-",
         ))  # fmt: skip
     widths = [max(len(text[i]) for text in texts) for i in range(len(header))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(text, widths)).rstrip() for text in texts]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(text, widths, strict=True)).rstrip() for text in texts]
 
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:

@@ -8,15 +8,15 @@ from typing import Any
 
 import riformer
 import torch
-from harness import percentile
 from torch import Tensor
 
 from riformer_kernels import backends
+from riformer_kernels.timing import percentile
 
 
 @contextmanager
 def launches(found: list[tuple[str, int, Any, Any]]) -> Iterator[None]:
-    """Meanwhile, record name, C and two device events of every launch of ours."""
+    """Inside the block, record name, C and two device events of every launch of ours."""
     from riformer_kernels.backends.triton import block, block_maps, embed, head, moments, norm
 
     modules = (block, block_maps, embed, head, moments, norm)
@@ -50,8 +50,10 @@ def profiled_times(model: torch.nn.Module, x: Tensor, repeats: int = 5) -> list[
 
 
 def kernel_times(model: torch.nn.Module, x: Tensor, repeats: int = 5) -> list[dict[str, Any]]:
-    """Microseconds of Triton's kernels per kernel and width, summed over a forward. The GPU is kept busy while the launches
-    queue up, so that no gap between them is measured."""
+    """Microseconds of Triton's kernels per kernel and width, summed over a forward.
+
+    The GPU is kept busy while the launches queue up, so that no gap between them is measured.
+    """
     model(x)
     sums: dict[tuple[str, int], list[float]] = {}
     for _ in range(repeats):
@@ -85,7 +87,7 @@ def moved_bytes(arch: riformer.arch.ArchLike, size: int, dtype: torch.dtype, fus
     """Bytes per image that our kernels move at least: every tensor between two launches, written once and read once."""
     shape = riformer.arch.resolve_arch(arch)
     side, inputs, total = size, 3, 0
-    for stage, (depth, c) in enumerate(zip(shape.layers, shape.embed_dims)):
+    for stage, (depth, c) in enumerate(zip(shape.layers, shape.embed_dims, strict=True)):
         kernel, stride, padding = (3, 2, 1) if stage else (7, 4, 2)
         before, side = side, (side + 2 * padding - kernel) // stride + 1
         total += inputs * before**2 + c * side**2

@@ -1,6 +1,6 @@
-"""How the cost grows: ours alone over image sizes, batch sizes and threads, with what was promised about it.
+"""How the cost grows: ours alone over image sizes, batch sizes and threads, compared with what was promised.
 
-A row per point, then one with the finding. Points of one axis take turns, each in a worker of its own.
+Each axis gives a row per point and one with the finding. The points of an axis take turns, each in a worker of its own.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import harness
 import torch
-from harness import Samples
+from verdict import TOO_NOISY, too_noisy
 from worker import Worker, take_turns
 
 from riformer_kernels.backends import cpu
+from riformer_kernels.timing import Samples, ratio
 
 SIZES, BATCHES = (224, 384, 512, 768, 1024), (1, 2, 4, 8, 16, 32, 64)
 WITHIN, LEAST_SPEEDUP = 0.15, 1.8
@@ -79,8 +79,8 @@ def threads_finding(speedup: float) -> Finding:
 
 def judged(finding: Finding, samples: Mapping[Any, Samples], elsewhere: float | None) -> str:
     """The verdict; withheld where the points are too noisy for it."""
-    if harness.too_noisy(samples.values(), elsewhere):
-        return harness.TOO_NOISY
+    if too_noisy(samples.values(), elsewhere):
+        return TOO_NOISY
     return MET if finding.met else MISSED
 
 
@@ -169,4 +169,4 @@ def _finding(axis: str, points: Mapping[int, tuple[int, int, int]], times: Mappi
         return size_finding({value: points[value][1] / samples.median for value, samples in times.items()})
     if axis == "batch":
         return batch_finding({value: samples.median for value, samples in times.items()})
-    return threads_finding(harness.ratio(times[2], times[1]).median)
+    return threads_finding(ratio(times[2], times[1]).median)

@@ -1,43 +1,95 @@
-"""Keeping an instruction set from a peer: what a worker's environment has to say, and whom it cannot reach."""
+"""Environment variables that limit a peer to an instruction set, and the peers that no variable limits."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from riformer_kernels.backends import cpu
 from riformer_kernels.errors import BackendError
 
-LIMITS: dict[str, dict[str, str]] = {
-    "avx512": {
-        "RIFORMER_CPU_ISA": "avx512",
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
-        "ATEN_CPU_CAPABILITY": "avx512",
-    },
-    "avx2": {
-        "RIFORMER_CPU_ISA": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    },
-}
-"""By limit: ours; oneDNN; PyTorch's own kernels, which torch.compile asks too; MKL, which is float32's product."""
 
-UNREACHED = {
+@dataclass(frozen=True)
+class InstructionSet:
+    """An instruction set that the library is compiled for, and how everybody is limited to it in a comparison.
+
+    Attributes:
+        name: as the library has it.
+        hardware: whether it is an extension of the processor, which peers can use as well. Plain C++ and emulated
+            instructions are for correctness: nobody is measured with them.
+        environment: variables of a worker that may not use more than this set; none for the best set, which needs no
+            limit.
+        march: what torch.compile may compile for under this limit.
+        dtypes: what is compared under this limit: those that the set has arithmetic for.
+    """
+
+    name: str
+    hardware: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
+    march: str = ""
+    dtypes: tuple[str, ...] = ()
+
+
+# The variables limit, from the top: our kernels; oneDNN; PyTorch's own kernels, which torch.compile asks as well; MKL,
+# which computes float32's products.
+TABLE = {
+    entry.name: entry
+    for entry in (
+        InstructionSet("amx"),
+        InstructionSet(
+            "avx512",
+            environment={
+                "RIFORMER_CPU_ISA": "avx512",
+                "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+                "ATEN_CPU_CAPABILITY": "avx512",
+            },
+            march="x86-64-v4",
+            dtypes=("float32", "bfloat16"),
+        ),
+        InstructionSet(
+            "avx2",
+            environment={
+                "RIFORMER_CPU_ISA": "avx2",
+                "ONEDNN_MAX_CPU_ISA": "AVX2",
+                "ATEN_CPU_CAPABILITY": "avx2",
+                "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+            },
+            march="x86-64-v3",
+            dtypes=("float32",),
+        ),
+        InstructionSet("amx-emulated", hardware=False),
+        InstructionSet("scalar", hardware=False),
+    )
+}
+"""Every instruction set that the library is compiled for, the best first."""
+
+HARDWARE = tuple(name for name, entry in TABLE.items() if entry.hardware)
+LIMITS = tuple(name for name, entry in TABLE.items() if entry.environment)
+
+_CONVOLUTIONS_ONLY = "only its convolutions obey ONEDNN_MAX_CPU_ISA, the rest stays on the best instruction set"
+UNLIMITED = {
     # Under ONEDNN_MAX_CPU_ISA=AVX2 its runtime graph keeps jit_avx512_f32 and gemm_mlas_f32 beside brgconv_avx2_f32.
-    "openvino_latency": "only its convolutions obey ONEDNN_MAX_CPU_ISA, the rest stays on the best instruction set",
-    "openvino_throughput": "only its convolutions obey ONEDNN_MAX_CPU_ISA, the rest stays on the best instruction set",
+    "openvino_latency": _CONVOLUTIONS_ONLY,
+    "openvino_throughput": _CONVOLUTIONS_ONLY,
     "onnxruntime": "it has no switch for the instruction set",
 }
 """Peers that cannot be limited, and why."""
 
 
 def best() -> str | None:
-    """The best instruction set with vectors that this machine has, whatever is chosen; None without one."""
-    return next((name for name in ("amx", "avx512", "avx2") if name in cpu.isa_status()["supported"]), None)
+    """The best instruction set of this processor that the library has, whatever is chosen; None without one."""
+    supported = cpu.isa_status()["supported"]
+    return next((name for name in HARDWARE if name in supported), None)
+
+
+def up_to(name: str | None) -> tuple[str, ...]:
+    """``name`` and the processors' instruction sets below it; none for None and for what is not of a processor."""
+    return HARDWARE[HARDWARE.index(name) :] if name in HARDWARE else ()
 
 
 def below() -> list[str]:
-    """The limits that take something away here."""
-    order = ["amx", *LIMITS]
-    return order[order.index(best()) + 1 :] if best() else []
+    """The limits that take something away on this machine."""
+    return [name for name in up_to(best())[1:] if name in LIMITS]
 
 
 def check(name: str | None = None) -> None:
@@ -46,22 +98,24 @@ def check(name: str | None = None) -> None:
     if status["error"]:
         raise BackendError(str(cpu.unusable()))
     if name is not None and name not in status["supported"]:
-        raise BackendError(
-            f"instruction set {name!r} is not to be had on this machine; expected one of {', '.join(status['supported'])}"
-        )
+        expected = ", ".join(status["supported"])
+        raise BackendError(f"instruction set {name!r} is not to be had on this machine; expected one of {expected}")
 
 
 def environment(limit: str | None) -> dict[str, str]:
     """Variables for a worker that is limited to ``limit``; none without a limit."""
-    return {} if limit is None else LIMITS[limit]
+    return {} if limit is None else dict(TABLE[limit].environment)
 
 
 def limit_inductor(limit: str | None) -> None:
-    """What the environment does not reach in torch.compile, in this process: under ATEN_CPU_CAPABILITY=avx512 it takes
-    AMX all the same, and it compiles for the machine that it runs on, whatever vectors it writes out."""
+    """Limit torch.compile in this process where the environment does not reach.
+
+    Under ATEN_CPU_CAPABILITY=avx512 it takes AMX all the same. And whatever vectors it writes out, it has them compiled
+    for the machine that it runs on.
+    """
     if limit is None:
         return
     from torch._inductor import config, cpu_vec_isa
 
     cpu_vec_isa.VecAMX.__bool__ = lambda self: False
-    config.cpp.march = {"avx2": "x86-64-v3", "avx512": "x86-64-v4"}[limit]
+    config.cpp.march = TABLE[limit].march

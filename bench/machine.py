@@ -1,4 +1,4 @@
-"""What a measurement was made on, and how busy that was with other things."""
+"""What a measurement was made on, and how busy other processes kept the machine."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ def machine() -> dict[str, Any]:
 
     import riformer_kernels
     from riformer_kernels.backends import cpu
+    from riformer_kernels.machine import cpu_flags, cpu_name, usable_cpus
 
     isa = cpu.isa_status()
     return {
-        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
-        "cores": _cores(),
-        "flags": [flag for flag in FLAGS if flag in _cpuinfo("flags").split()],
+        "cpu": cpu_name(),
+        "cores": usable_cpus(),
+        "flags": [flag for flag in FLAGS if flag in cpu_flags()],
         "caches": _caches(),
         "isa": isa["chosen"],
         "isa_supported": isa["supported"],
@@ -53,23 +54,6 @@ def machine() -> dict[str, Any]:
         **_commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _cpuinfo(field: str) -> str:
-    """The first ``field`` of /proc/cpuinfo, or "" where there is none."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == field:
-                return value.strip()
-    except OSError:
-        pass
-    return ""
-
-
-def _cores() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _caches() -> dict[str, str]:
@@ -99,10 +83,10 @@ def _commit() -> dict[str, Any]:
 
 
 class Elsewhere:
-    """The share of the processors' time that others took, between entering and leaving; None if not known.
+    """The share of the processors' time that other processes took inside the block; None if not known.
 
-    Counted are the processors that this process may use. Not "others" are this process, without its children, and
-    the processes of ``own`` (`worker.Worker.pid`), which have to live for as long.
+    Only the processors that this process may use are counted. This process, without its children, and the processes of
+    ``own`` (`worker.Worker.pid`) are not others; they have to live until the block ends.
     """
 
     share: float | None = None
@@ -118,7 +102,7 @@ class Elsewhere:
         now = self._now()
         if now is None or self._before is None:
             return
-        busy, total, own = (after - before for after, before in zip(now, self._before))
+        busy, total, own = (after - before for after, before in zip(now, self._before, strict=True))
         self.share = min(1.0, max(0.0, (busy - own) / total)) if total > 0 else None
 
     def _now(self) -> tuple[float, float, float] | None:

@@ -12,21 +12,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import harness
 import isa
 import op_cases
 import peers
 import riformer
 import torch
-from harness import Samples
 from machine import Elsewhere
 from memory import Memory, peak_memory
 from peers import OURS
 from subject import Subject, random_images, random_model
+from verdict import verdict
 from worker import Worker, WorkerError, take_turns
 
-from riformer_kernels import numerics
+from riformer_kernels import numerics, timing
 from riformer_kernels.backends import cpu
+from riformer_kernels.timing import Samples
 
 Progress = Callable[[str], None]
 CEILING_SIDE = 2048
@@ -40,7 +40,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 # ------------------------------------------------------------------------------------------------------------- rows
 
 
-def timing(samples: Samples | None, ours: Samples, items: int, elsewhere: float | None) -> dict[str, Any]:
+def time_columns(samples: Samples | None, ours: Samples, items: int, elsewhere: float | None) -> dict[str, Any]:
     """Time, rate and ratio columns; all None without samples. ``elsewhere``: see `machine.Elsewhere`."""
     keys = (
         "rounds", "ms", "ms_p20", "ms_p80", "ms_best", "spread", "images_per_s", "images_per_s_p20", "images_per_s_p80",
@@ -56,13 +56,13 @@ def timing(samples: Samples | None, ours: Samples, items: int, elsewhere: float 
     rates = samples.per_second(items)
     found["images_per_s"], found["images_per_s_p20"], found["images_per_s_p80"] = rates
     if ours is not samples:
-        ratio = harness.ratio(ours, samples)
+        ratio = timing.ratio(ours, samples)
         found["ratio"], found["ratio_p20"], found["ratio_p80"] = ratio.median, ratio.p20, ratio.p80
-        found["verdict"] = harness.verdict(ours, samples, elsewhere)
+        found["verdict"] = verdict(ours, samples, elsewhere)
     return found
 
 
-def errors(ratios: numerics.ErrorRatios | None) -> dict[str, Any]:
+def error_columns(ratios: numerics.ErrorRatios | None) -> dict[str, Any]:
     """Errors against float64, and as multiples of eager PyTorch's."""
     found: dict[str, Any] = {}
     for name in ("max", "rms", "channel", "position"):
@@ -71,7 +71,7 @@ def errors(ratios: numerics.ErrorRatios | None) -> dict[str, Any]:
     return {**found, "error_passed": None if ratios is None else ratios.passed}
 
 
-def rate(flop: int, seconds: float | None, ceiling: float | None) -> dict[str, Any]:
+def rate_columns(flop: int, seconds: float | None, ceiling: float | None) -> dict[str, Any]:
     """Arithmetic rate of the matrix products, and its share of a measured ceiling (FLOP/s)."""
     per_second = flop / seconds if flop and seconds else None
     return {
@@ -127,11 +127,11 @@ def model(
         workers: dict[str, Worker] = {}
         for name in names:
             progress(f"building {name}")
-            if limit is not None and name in isa.UNREACHED:
-                reasons[name] = f"cannot be limited to {limit}: {isa.UNREACHED[name]}"
+            if limit is not None and name in isa.UNLIMITED:
+                reasons[name] = f"cannot be limited to {limit}: {isa.UNLIMITED[name]}"
                 continue
             arguments = {"folder": str(folder), "name": name, "limit": limit}
-            # Compiled anew: what an earlier run found fastest, it may have found while the machine was busy.
+            # An empty cache: an earlier run may have chosen its fastest kernels while the machine was busy.
             environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), **isa.environment(limit)}
             try:
                 worker = Worker(
@@ -171,9 +171,9 @@ def model(
             "form": peers.FACTORIES[name][0],
             "detail": facts.get(name, {}).get("detail"),
             "reason": reasons.get(name),
-            **timing(times.get(name), times[OURS], batch, elsewhere),
-            **rate(flop, times[name].median if name in times else None, ceiling),
-            **errors(ratios.get(name)),
+            **time_columns(times.get(name), times[OURS], batch, elsewhere),
+            **rate_columns(flop, times[name].median if name in times else None, ceiling),
+            **error_columns(ratios.get(name)),
             **_memory_columns(memories, name),
         }
         for name in names
@@ -206,8 +206,11 @@ def best_peer(rows: list[dict[str, Any]], form: str) -> dict[str, Any] | None:
     return min(others, key=lambda row: row["ms"], default=None)
 
 
-def summary(ours: dict[str, Any], others: dict[str, dict[str, Any]], best: str) -> dict[str, Any]:
-    """For pytest-benchmark's ``extra_info``: the row of ours, and each peer's interleaved ratio; ``ratio`` is that to the fastest of them."""
+def extra_info(ours: dict[str, Any], others: dict[str, dict[str, Any]], best: str) -> dict[str, Any]:
+    """For pytest-benchmark's ``extra_info``: the row of ours, and the ratio to each peer.
+
+    ``ratio`` is that to the peer called ``best``.
+    """
     found = {key: value for key, value in ours.items() if value is not None}
     for key in ("ratio", "ratio_p20", "ratio_p80", "verdict"):
         found[key] = others[best][key]
@@ -238,7 +241,7 @@ def op(case: op_cases.OpCase, *, seconds: float, ceiling: float | None = None) -
     with torch.inference_mode():
         size = built.bytes(built.ours(x, moments))
         with Elsewhere() as elsewhere:
-            times = harness.interleave(calls, seconds * len(calls))
+            times = timing.interleave(calls, seconds * len(calls))
     common = {
         "kind": "op", "op": case.op, "shape": list(case.shape), "batch": case.batch, "dtype": dtype_name(case.dtype),
         "device": x.device.type, "backend": built.backend.name, "isa": built.backend.detail(),
@@ -249,15 +252,15 @@ def op(case: op_cases.OpCase, *, seconds: float, ceiling: float | None = None) -
             **common,
             "peer": name,
             "reason": None,
-            **timing(samples, times[OURS], case.batch, elsewhere.share),
-            **rate(built.flop, samples.median, ceiling),
+            **time_columns(samples, times[OURS], case.batch, elsewhere.share),
+            **rate_columns(built.flop, samples.median, ceiling),
             "gbyte_per_s": size / samples.median / 1e9 if name == OURS else None,
             "stage": case.stage,
             "times": case.times,
             "flop": built.flop,
             "bytes": size,
             "flop_per_byte": built.flop / size,
-            **errors(ratios if name == OURS else None),
+            **error_columns(ratios if name == OURS else None),
         }
         for name, samples in times.items()
     ]
@@ -277,7 +280,7 @@ def matmul_ceilings(
     operands = {dtype: torch.randn(2, side, side).to(dtype).unbind() for dtype in dtypes}
     calls = {dtype_name(dtype): lambda pair=pair: torch.matmul(*pair) for dtype, pair in operands.items()}
     with torch.inference_mode():
-        times = harness.interleave(calls, seconds * len(calls), min_rounds=3, warmup=1)
+        times = timing.interleave(calls, seconds * len(calls), min_rounds=3, warmup=1)
     rows = []
     for name, samples in times.items():
         median, p20, p80 = samples.per_second(2 * side**3 / 1e12)

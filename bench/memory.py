@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import HERE, child_environment
+from child import HERE, child_environment
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,18 @@ def peak_memory(
 ) -> Memory:
     """Extra peak resident memory of one call, measured in a fresh process.
 
-    In this process it could not be: memory that earlier calls freed stays resident in the allocator and hides what a
-    later call needs. The fresh process builds the subject, calls it once at batch ``small`` (which loads code, starts
-    the thread pool and touches the weights), allocates the input, gives freed memory back to the system, resets the
-    kernel's peak counter (``/proc/self/clear_refs``), and makes the one call at ``batch``. Input and weights are
-    therefore not counted; activations, scratch memory, copies of weights made by the call, and the result are. Nor is
-    what a call keeps for the next one at any batch: the small call has it already (PyTorch's thread pool, compiled
-    primitives, the per-thread scratch of the engine).
+    It could not be measured in this process: memory that earlier calls freed stays resident in the allocator and hides
+    what a later call needs. The fresh process does this:
+
+    1. It builds the subject and calls it once at batch ``small``. This loads code, starts the thread pool and touches
+       the weights.
+    2. It allocates the input and gives freed memory back to the system.
+    3. It resets the kernel's peak counter (``/proc/self/clear_refs``).
+    4. It makes the one call at ``batch``.
+
+    Counted are activations, scratch memory, copies of weights that the call makes, and the result. Not counted are the
+    input, the weights, and what a call keeps for the next one at any batch, which the small call has already:
+    PyTorch's thread pool, compiled primitives, the engine's scratch memory of each thread.
 
     Where the counter cannot be reset, a thread samples the resident size, and the reason says so.
 
@@ -97,10 +103,9 @@ def _probe(request: dict[str, Any]) -> Memory:
 
 
 def _give_back_freed_memory() -> None:
-    try:
+    # Another C library than glibc has no such function.
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        pass  # not glibc
 
 
 def _resident() -> dict[str, int]:

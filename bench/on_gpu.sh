@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything that a GPU is wanted for, in one call, on a machine where nothing can be installed: builds the native libraries
-# beside the installed torch (a CUDA build; also nvcc, cmake, ninja, pytest), says what is usable, runs the GPU tests, times.
+# Builds the native libraries, says what is usable, runs the GPU tests and times the kernels, in one call. Nothing is
+# installed: a CUDA build of torch, nvcc, cmake, ninja and pytest have to be there.
 #
 #     bench/on_gpu.sh [FOLDER]      what was said and measured goes to FOLDER (default: bench/results)
-#     STEPS="build check time"      those wanted, in this order; check goes on to time even where a test fails
+#     STEPS="build check time"      the steps to run, in this order; a test that fails in check does not keep time from running
 #     CHECKED=300 TIMED=300         seconds for check and for time
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -16,15 +16,17 @@ from riformer_kernels import algebra, backends, numerics
 from riformer_kernels.backends import Backend
 
 WIDTHS, SIDES, CLASSES = (64, 128, 320, 512), (56, 28, 14, 7), 1000
+STAGES = tuple(zip(WIDTHS, SIDES, strict=True))
 SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
-    "block": tuple(zip(WIDTHS, SIDES)),
-    "embed": tuple(zip((3, *WIDTHS), (224, *SIDES[:3]))),
-    "norm": tuple(zip(WIDTHS, SIDES)),
+    "block": STAGES,
+    "embed": ((3, 224), *STAGES[:3]),
+    "norm": STAGES,
     "head": ((512, 7), (512, 12)),
-    "moments": tuple(zip(WIDTHS, SIDES)),
+    "moments": STAGES,
 }
 """(channels, side) of the input: the four stages; for embed the image and the three downsamplings; for head the last
-stage at 224 and at 384 px."""
+stage at 224 and at 384 px. Every op of ``ops.ALL`` has an entry, except those that work in place: ``block_`` is
+``block`` written over its input, and a benchmark that repeated it would feed it its own output."""
 
 BATCHES = (1, 16)
 POOLED, MOST_DRAWS = 12_000, 24
@@ -145,7 +147,10 @@ class Built:
 
 
 def _assert_units(case: OpCase, x: Tensor, found: Tensor, golden: Tensor) -> None:
-    """Means within units of float32's rounding of their channel's largest value, variances of that times the deviation."""
+    """Asserts that the moments are off by a few units of float32's rounding at most.
+
+    The unit of a mean is the rounding of its channel's largest value; that of a variance is this times the deviation.
+    """
     largest = x.double().abs().amax((2, 3))
     scale = torch.stack((largest, largest * golden[:, 1].sqrt()), dim=1)
     units = ((found - golden).abs() / (2.0**-24 * scale)).max().item()

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import HERE, Samples
+import isa as instruction_sets
+from child import HERE
+
+from riformer_kernels.timing import Samples
 
 SOURCE = HERE / "peak.cpp"
 FLAGS = ("-O2", "-std=c++17", "-pthread")
@@ -27,7 +30,7 @@ def cache() -> Path:
 
 @functools.cache
 def build() -> Path:
-    """The compiled probe; its name holds a digest of source and compiler, so that a change of either compiles anew.
+    """The compiled probe. Its name holds a digest of source and compiler: where one has changed, a new one is compiled.
 
     Raises:
         OSError: there is no compiler, or it fails; the text says which.
@@ -61,9 +64,9 @@ def rows(
 ) -> list[dict[str, Any]]:
     """A "ceiling" row per kind of operation that the processor has, with one thread and with ``threads``.
 
-    Rates are TFLOP/s (for int8: TOP/s; a multiply-add is two), for the copy GB/s. All kinds are sampled ``passes``
-    times, one after the other, so that a disturbance of a second does not spoil one of them. A machine where the probe
-    cannot be built or run gets one row with the reason.
+    Rates are in TFLOP/s, of int8 in TOP/s, of the copy in GB/s; a multiply-add is two operations. All kinds are sampled
+    one after the other, ``passes`` times, so that a disturbance of a second does not spoil all samples of one of them.
+    Where the probe cannot be built or run, the only row has the reason.
     """
     common = {"kind": "ceiling", "source": "probe", "device": "cpu"}
     try:
@@ -93,8 +96,7 @@ def ceiling(found: Sequence[dict[str, Any]], dtype: str, isa: str | None, thread
 
     A dtype without instructions of its own is computed in float32, whose ceiling holds then.
     """
-    order = ["avx2", "avx512", "amx"]
-    usable = order[: order.index(isa) + 1] if isa in order else []
+    usable = instruction_sets.up_to(isa)
     rates = {
         operation: [
             row["tflop_per_s"]

@@ -69,7 +69,7 @@ SUBJECT, INPUTS = "subject.pt", "inputs.pt"
 
 
 def serve(folder: str, name: str, limit: str | None = None) -> tuple[Callable[[], object], dict[str, Any]]:
-    """A worker's target: the peer ``name`` on the subject in ``folder``; its logits for the judge go there, too.
+    """A worker's target: the peer ``name`` on the subject in ``folder``. Its logits, for the judge, go there as well.
 
     Raises whatever keeps the peer from running.
     """

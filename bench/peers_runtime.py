@@ -1,8 +1,8 @@
 """The peers that are other runtimes, on the unchanged model: OpenVINO with both of its hints, and ONNX Runtime.
 
 Each gets as many threads as PyTorch has here, and images that are already in memory. Neither takes a bfloat16 NumPy
-array, and OpenVINO's users give it a float32 model and say in which precision to compute: so it gets the model's values
-and the images in float32, which is exact, and returns float32.
+array. OpenVINO's users give it a float32 model and say in which precision it should compute. So it gets the model's
+values and the images in float32, which is exact, and returns float32.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from torch import Tensor
 
 EXTRA = "pip install 'riformer-kernels[peers]'"
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-ROUNDS = 2  # batches per request in one timed call: the fewest that let a request that is done early go on
+ROUNDS = 2
+"""Batches per request in one timed call: the fewest with which a request that is done early has more to do."""
 
 
 def _need(*modules: str) -> list[Any]:
-    """The modules; what is not installed is said as a user would want to hear it."""
+    """The modules. One that is not installed is an ImportError that says how to install it."""
     try:
         return [importlib.import_module(name) for name in modules]
     except ImportError as error:
@@ -36,7 +37,7 @@ def _need(*modules: str) -> list[Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tracer's and the exporter's remarks about shape checks in the model."""
+    """Inside the block the tracer and the exporter make no remarks about shape checks in the model."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -58,10 +59,11 @@ def openvino_throughput(subject: Subject) -> Peer:
 def _openvino(subject: Subject, hint: str) -> Peer:
     """OpenVINO with a performance hint.
 
-    For latency a call is one synchronous request. The throughput hint makes several streams of few threads, of which
-    one synchronous request would use one: a call is ``ROUNDS`` batches for each of as many requests as OpenVINO calls
-    optimal, all in flight together, and its time is divided by the number of batches. That is the time between two
-    results, not that of one; it is held against the time of one batch of the others, which favours OpenVINO.
+    For latency a call is one synchronous request. The throughput hint makes several streams of few threads, and one
+    synchronous request would use only one of them. So a call is ``ROUNDS`` batches for each of as many requests as
+    OpenVINO calls optimal, all in flight together, and its time is divided by the number of batches. That is the time
+    between two results, not that of one. It is compared with the time of one batch of the others, which favours
+    OpenVINO.
     """
     (openvino,) = _need("openvino")
     x = subject.x.float()
@@ -109,8 +111,11 @@ def _openvino(subject: Subject, hint: str) -> Peer:
         return call
 
     batches = ROUNDS * requests if hint == "THROUGHPUT" else 1
-    flight = f"{requests} requests in flight, time per batch of {batches}" if hint == "THROUGHPUT" else "one request"
-    detail = f"OpenVINO {_version(openvino)}, {hint.lower()} hint, {precision}, {streams} stream{'s' * (streams != 1)}, {flight}, float32 in and out"
+    detail = (
+        f"OpenVINO {_version(openvino)}, {hint.lower()} hint, {precision}, {streams} stream{'s' * (streams != 1)}, "
+        + (f"{requests} requests in flight, time per batch of {batches}" if hint == "THROUGHPUT" else "one request")
+        + ", float32 in and out"
+    )
     return Peer(f"openvino_{hint.lower()}", UNCHANGED, run, NCHW, detail, prepare=prepare, batches=batches)
 
 

@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import interleave
 from subject import LAYOUTS, NCHW, REWRITTEN, UNCHANGED, Peer, Subject
 from token_form import token_form
 from torch import Tensor, nn
 from worker import describe
 
 import riformer_kernels
+from riformer_kernels.timing import interleave
 
 OURS = "ours"
 
@@ -44,10 +44,10 @@ def eager_linear(subject: Subject) -> Peer:
 
 
 def _compiled(model: nn.Module, layout: str, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """``torch.compile`` at its strongest for fixed weights and one shape; compiled when this returns."""
+    """``torch.compile`` with its fastest settings for fixed weights and one shape, already compiled."""
     model = copy.deepcopy(model).to(memory_format=LAYOUTS[layout])
     compiled = torch.compile(model, mode="max-autotune", dynamic=False, fullgraph=True)
-    # Freezing is asked for by the tracer too, which an option of the call would not reach.
+    # The tracer looks at this setting too; an option of torch.compile would not reach it.
     with torch._inductor.config.patch(freezing=True), torch.inference_mode(), quiet():
         compiled(x.contiguous(memory_format=LAYOUTS[layout]))
     return compiled
@@ -55,7 +55,7 @@ def _compiled(model: nn.Module, layout: str, x: Tensor) -> Callable[[Tensor], Te
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the autotuner's tables, of which there is one per product, on standard error."""
+    """Inside the block the autotuner prints no tables; it would print one per product to standard error."""
     from torch._inductor import select_algorithm
 
     before = select_algorithm.PRINT_AUTOTUNE
@@ -68,16 +68,23 @@ def quiet() -> Iterator[None]:
         select_algorithm.PRINT_AUTOTUNE = before
 
 
+def _attempt(model: nn.Module, layout: str, x: Tensor) -> Callable[[Tensor], Tensor] | str:
+    """The compiled model, or why there is none."""
+    try:
+        return _compiled(model, layout, x)
+    except Exception as error:
+        return describe(error)
+
+
 def _compile(name: str, form: str, model: nn.Module, x: Tensor) -> Peer:
-    """Compiled in both layouts; the faster one stays. Should one fail, its error is in the detail."""
-    candidates, failed = {}, {}
-    for layout in LAYOUTS:
-        try:
-            run = _compiled(model, layout, x)
-        except Exception as error:
-            failed[layout] = describe(error)
-        else:
-            candidates[layout] = Peer(name, form, run, LAYOUTS[layout], "")
+    """Compiled in both layouts; the faster one stays. If one fails, its error is in the detail."""
+    attempts = {layout: _attempt(model, layout, x) for layout in LAYOUTS}
+    failed = {layout: found for layout, found in attempts.items() if isinstance(found, str)}
+    candidates = {
+        layout: Peer(name, form, found, LAYOUTS[layout], "")
+        for layout, found in attempts.items()
+        if not isinstance(found, str)
+    }
     if not candidates:
         raise RuntimeError("; ".join(f"{layout}: {reason}" for layout, reason in failed.items()))
     with torch.inference_mode():
@@ -85,7 +92,8 @@ def _compile(name: str, form: str, model: nn.Module, x: Tensor) -> Peer:
     best = min(times, key=lambda layout: times[layout].median)
     others = [f"{1e3 * times[layout].median:.3g} ms {layout}" for layout in times if layout != best]
     others += [f"{layout} failed: {reason}" for layout, reason in failed.items()]
-    detail = f"torch.compile max-autotune, freezing, {best} (chosen at {1e3 * times[best].median:.3g} ms; {', '.join(others)})"
+    chosen = f"{best} (chosen at {1e3 * times[best].median:.3g} ms; {', '.join(others)})"
+    detail = f"torch.compile max-autotune, freezing, {chosen}"
     return Peer(name, form, candidates[best].run, LAYOUTS[best], detail)
 
 

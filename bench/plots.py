@@ -9,7 +9,6 @@ Made from the file alone, and the same bytes for the same file and matplotlib.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any
 
 import matplotlib
 import peak
-from harness import MOST_ELSEWHERE, MOST_SPREAD
+from plot_labels import write_names
+from result_file import is_noisy, machine_name, read, why_not
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -29,44 +29,27 @@ DTYPES = {"float32": "#d55e00", "bfloat16": "#0072b2", "float16": "#009e73"}
 TEXT = "#333333"
 STYLE = {
     "svg.hashsalt": "riformer_kernels", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 9,
-    "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": "#888888", "axes.linewidth": 0.8, "xtick.color": TEXT,
-    "ytick.color": TEXT, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5,
-    "figure.facecolor": "white",
+    "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": "#888888", "axes.linewidth": 0.8,
+    "xtick.color": TEXT, "ytick.color": TEXT, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.titlesize": 9.5, "figure.facecolor": "white",
 }  # fmt: skip
 LABELS = {
     "ours": "riformer_kernels", "eager": "PyTorch eager", "eager_channels_last": "eager, channels_last",
-    "eager_linear": "eager, rewritten by hand", "compile": "torch.compile", "compile_linear": "torch.compile, rewritten by hand",
-    "openvino_latency": "OpenVINO, latency", "openvino_throughput": "OpenVINO, throughput", "onnxruntime": "ONNX Runtime",
+    "eager_linear": "eager, rewritten by hand", "compile": "torch.compile",
+    "compile_linear": "torch.compile, rewritten by hand", "openvino_latency": "OpenVINO, latency",
+    "openvino_throughput": "OpenVINO, throughput", "onnxruntime": "ONNX Runtime",
 }  # fmt: skip
 WIDTH = 8.6  # inches; a README shows it at about 860 pixels
-
-
-def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Header and rows of a result file."""
-    head, *rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return head, rows
-
-
-def _machine(head: dict[str, Any]) -> str:
-    parts = [
-        head["cpu"],
-        f"{head['torch_threads']} threads",
-        f"torch {head['torch'].partition('+')[0]}",
-        head["date"][:10],
-    ]
-    return ", ".join(parts)
-
-
-def _noisy(row: dict[str, Any]) -> bool:
-    """Whether it scattered too much, or others used too much of the machine: where a verdict would be withheld."""
-    return (row.get("spread") or 0.0) > MOST_SPREAD or (row.get("elsewhere") or 0.0) > MOST_ELSEWHERE
 
 
 # ------------------------------------------------------------------------------------------------------- throughput
 
 
 def throughput(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> pyplot.Figure | None:
-    """Bars of images/s with the 20th and 80th percentile: a panel per dtype and batch of the main cells; None without."""
+    """Bars of images/s with the 20th and 80th percentile, a panel per dtype and batch of the main cells.
+
+    None where the file has no such rows.
+    """
     models = [row for row in rows if row["kind"] == "model" and not row.get("isa_limit")]
     if not models:
         return None
@@ -86,7 +69,7 @@ def throughput(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> pyplot.F
             if i == len(dtypes) - 1:
                 axes[i, j].set_xlabel("images/s (median; line: 20th to 80th percentile)")
     figure.suptitle(
-        f"{str(arch).upper()} at {size} px, images to logits\n{_machine(head)}", x=0.01, ha="left", fontsize=9.5
+        f"{str(arch).upper()} at {size} px, images to logits\n{machine_name(head)}", x=0.01, ha="left", fontsize=9.5
     )
     return figure
 
@@ -100,13 +83,13 @@ def _bars(axis: pyplot.Axes, names: Sequence[str], cell: dict[str, dict[str, Any
             continue
         rate = row["images_per_s"]
         if rate is None:
-            axis.text(0.01 * most, at, _why_not(row), va="center", fontsize=8, color="#777777", style="italic")
+            axis.text(0.01 * most, at, why_not(row), va="center", fontsize=8, color="#777777", style="italic")
             continue
         colour = OURS if name == "ours" else REWRITTEN if row["form"] == "rewritten" else UNCHANGED
         axis.barh(at, rate, height=0.72, color=colour)
         low, high = row["images_per_s_p20"], row["images_per_s_p80"]
         axis.plot([low, high], [at, at], color=TEXT, linewidth=1.2, solid_capstyle="butt")
-        noisy = " (noisy)" if _noisy(row) else ""
+        noisy = " (noisy)" if is_noisy(row) else ""
         bold = "bold" if name == "ours" else "normal"
         axis.text(high + 0.015 * most, at, f"{rate:.0f}{noisy}", va="center", fontsize=8.5, fontweight=bold)
     axis.set_xlim(0, 1.16 * most)
@@ -114,17 +97,6 @@ def _bars(axis: pyplot.Axes, names: Sequence[str], cell: dict[str, dict[str, Any
     axis.set_yticks(range(len(names)), [LABELS[name] for name in names])
     axis.tick_params(axis="y", length=0)
     axis.set_title(title, loc="left")
-
-
-def _why_not(row: dict[str, Any]) -> str:
-    reason = row["reason"] or ""
-    return (
-        "not installed"
-        if "not installed" in reason
-        else f"no {row['dtype']}"
-        if row["dtype"] != "float32"
-        else "failed"
-    )
 
 
 # --------------------------------------------------------------------------------------------------------- roofline
@@ -153,7 +125,7 @@ def roofline(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> pyplot.Fig
     ridges = [value / bandwidth for value in ceilings.values() if value and bandwidth]
     left = min(min(x) / 2, *(ridge / 12 for ridge in ridges)) if ridges else min(x) / 2  # room for the slope's name
     y = [*(row["gflop_per_s"] for row in stages), *(value / 1e9 for value in ceilings.values() if value)]
-    for axis, dtype in zip(axes[0], dtypes):
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
         axis.set(xscale="log", yscale="log", xlim=(left, max(x) * 2), ylim=(min(y) / 1.8, max(y) * 1.8))
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -166,18 +138,24 @@ def roofline(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> pyplot.Fig
         for row in cell:
             colour = DTYPES[dtype]
             axis.plot(row["flop_per_byte"], row["gflop_per_s"], MARKS[row["stage"].partition(" ")[0]], markersize=6.5,
-                      color=colour, markerfacecolor="white" if _noisy(row) else colour)  # fmt: skip
-        noisy = ", hollow: too noisy to judge" if any(map(_noisy, cell)) else ""
-        axis.set_title(f"{dtype}, batch {batch}{noisy}", loc="left")
+                      color=colour, markerfacecolor="white" if is_noisy(row) else colour)  # fmt: skip
+        hollow = ", hollow: too noisy to judge" if any(map(is_noisy, cell)) else ""
+        axis.set_title(f"{dtype}, batch {batch}{hollow}", loc="left")
         axis.set_xlabel("FLOP per byte that has to be moved")
     axes[0, 0].set_ylabel("GFLOP/s")
     figure.suptitle(
-        f"S12 at 224 px, every stage under the ceilings measured in the same run\n{_machine(head)}", x=0.01, ha="left",
+        f"S12 at 224 px, every stage under the ceilings measured in the same run\n{machine_name(head)}",
+        x=0.01,
+        ha="left",
         fontsize=9.5,
-    )  # fmt: skip
+    )
     figure.draw_without_rendering()  # the layout is final: names are placed by where the points are on paper
-    for axis, dtype in zip(axes[0], dtypes):
-        _names(axis, [row for row in stages if row["dtype"] == dtype], ceilings[dtype])
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        cell = [row for row in stages if row["dtype"] == dtype]
+        points = [
+            (row["stage"].replace("downsampling", "down"), row["flop_per_byte"], row["gflop_per_s"]) for row in cell
+        ]
+        write_names(axis, points, ceilings[dtype] / 1e9 if ceilings[dtype] else None)
     return figure
 
 
@@ -196,61 +174,8 @@ def _roof(axis: pyplot.Axes, ceiling: float | None, bandwidth: float | None) -> 
             axis.plot([left, end], [bandwidth * left / 1e9, bandwidth * end / 1e9], color=TEXT, linewidth=1.3)
         # Above the line, where no stage can be.
         at = left * (max(left, end) / left) ** 0.7
-        axis.annotate(f"copy {bandwidth / 1e9:.0f} GB/s", (at, bandwidth * at / 1e9), (-5, 2), textcoords="offset points",
-                      ha="right")  # fmt: skip
-
-
-PLACES = [
-    (0, 9),
-    (0, -9),
-    (24, 0),
-    (-24, 0),
-    (16, -17),
-    (-16, -17),
-    (16, 17),
-    (-16, 17),
-    (0, -20),
-    (30, -24),
-    (-30, -24),
-]
-"""Where a name may stand beside its point, in points of 1/72 inch; the first that is free is taken."""
-
-
-def _names(axis: pyplot.Axes, cell: Sequence[dict[str, Any]], ceiling: float | None) -> None:
-    """The stages' names beside their points, where no other name, point or roof is; a thin line where that is far."""
-    scale = 72 / axis.figure.dpi
-    at = [axis.transData.transform((row["flop_per_byte"], row["gflop_per_s"])) * scale for row in cell]
-    roof = axis.transData.transform((1, ceiling / 1e9))[1] * scale if ceiling else None
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in at]
-    # What `_roof` wrote.
-    for text in axis.texts:
-        written = text.get_window_extent()
-        taken.append(tuple(edge * scale for edge in (written.x0, written.y0, written.x1, written.y1)))
-    for row, (x, y) in sorted(zip(cell, at), key=lambda pair: -pair[1][1]):
-        name = row["stage"].replace("downsampling", "down")
-        half = 2.1 * len(name)
-
-        def box(place: tuple[float, float]) -> tuple[float, float, float, float]:
-            return x + place[0] - half, y + place[1] - 4, x + place[0] + half, y + place[1] + 4
-
-        def free(place: tuple[float, float]) -> bool:
-            left, low, right, high = box(place)
-            if roof is not None and low < roof + 2 and high > roof - 2:
-                return False
-            own = (x - 4, y - 4, x + 4, y + 4)
-            return not any(
-                left < other_right and right > other_left and low < top and high > bottom
-                for other_left, bottom, other_right, top in taken
-                if (other_left, bottom, other_right, top) != own
-            )
-
-        place = next(filter(free, PLACES), PLACES[0])
-        taken.append(box(place))
-        far = abs(place[1]) > 10
-        axis.annotate(
-            name, (row["flop_per_byte"], row["gflop_per_s"]), place, textcoords="offset points", ha="center", va="center",
-            fontsize=8, arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.5, "shrinkA": 0} if far else None,
-        )  # fmt: skip
+        name, place = f"copy {bandwidth / 1e9:.0f} GB/s", (at, bandwidth * at / 1e9)
+        axis.annotate(name, place, (-5, 2), textcoords="offset points", ha="right")
 
 
 # ------------------------------------------------------------------------------------------------------------- main

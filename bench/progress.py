@@ -30,7 +30,7 @@ class Progress:
             self._bar.start()
 
     def step(self, what: str, weight: float) -> None:
-        """The step before is done, this one begins."""
+        """End the step before and begin this one."""
         self.done += self.weight
         self.what, self.weight = what, weight
         self.say("")

@@ -1,4 +1,4 @@
-"""What is run: a deployed classifier with hard random parameters and a batch for it; and a peer, a way to run it."""
+"""The subject: a deployed classifier with hard random parameters, and a batch for it. A peer: a way to run it."""
 
 from __future__ import annotations
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import harness
 import measure
 import peers
 from peers import OURS
+from verdict import TOO_NOISY
 
 
 def table(header: Sequence[str], cells: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -16,8 +16,9 @@ def table(header: Sequence[str], cells: Sequence[Sequence[str]], left: int = 1) 
     widths = [max(len(line[i]) for line in (header, *cells)) for i in range(len(header))]
 
     def text(line: Sequence[str]) -> str:
-        parts = [cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))]
-        return "  ".join(parts).rstrip()
+        padded = [cell.ljust(width) for cell, width in zip(line[:left], widths[:left], strict=True)]
+        padded += [cell.rjust(width) for cell, width in zip(line[left:], widths[left:], strict=True)]
+        return "  ".join(padded).rstrip()
 
     return "\n".join([text(header), text(["-" * width for width in widths]), *map(text, cells)])
 
@@ -36,8 +37,8 @@ def report(found: Sequence[dict[str, Any]]) -> str:
     parts = []
     head, *rest = found
     parts.append(
-        f"{head['cpu']}, {head['cores']} cores, {head['torch_threads']} threads, ISA {head['isa']}; torch {head['torch']}, "
-        f"commit {(head['commit'] or 'unknown')[:12]}{' with changes' if head['dirty'] else ''}"
+        f"{head['cpu']}, {head['cores']} cores, {head['torch_threads']} threads, ISA {head['isa']}; "
+        f"torch {head['torch']}, commit {(head['commit'] or 'unknown')[:12]}{' with changes' if head['dirty'] else ''}"
     )
     parts += _ceiling_report([row for row in rest if row["kind"] == "ceiling"])
     models = [row for row in rest if row["kind"] == "model"]
@@ -49,6 +50,9 @@ def report(found: Sequence[dict[str, Any]]) -> str:
     ops = [row for row in rest if row["kind"] == "op"]
     if ops:
         parts += ["", _op_report(ops)]
+    left_out = [row["step"] for row in rest if row["kind"] == "left_out"]
+    if left_out:
+        parts += ["", f"left out, as there was no time left: {'; '.join(left_out)}"]
     return "\n".join(parts)
 
 
@@ -94,14 +98,13 @@ def _growth_report(found: list[dict[str, Any]]) -> list[str]:
 def _model_report(group: list[dict[str, Any]]) -> list[str]:
     first = group[0]
     limit = f", nobody above {first['isa_limit']}" if first["isa_limit"] else ""
-    lines = [
-        f"{first['arch']} at {first['size']} px, {first['dtype']}, batch {first['batch']}{limit} (ratio: ours over the peer)"
-    ]
+    cell = f"{first['arch']} at {first['size']} px, {first['dtype']}, batch {first['batch']}{limit}"
+    lines = [f"{cell} (ratio: ours over the peer)"]
     cells = []
     for row in group:
-        memory = _number(row["extra_memory_bytes"], "{:.0f}") if row["extra_memory_bytes"] is None else (
-            f"{row['extra_memory_bytes'] / 1e6:.1f}" + _number(row["memory_ratio"], " ({:.2f}x)") * (row["peer"] != OURS)
-        )  # fmt: skip
+        memory = "-" if row["extra_memory_bytes"] is None else f"{row['extra_memory_bytes'] / 1e6:.1f}"
+        if memory != "-" and row["peer"] != OURS:
+            memory += _number(row["memory_ratio"], " ({:.2f}x)")
         cells.append([
             row["peer"], _number(row["images_per_s"], "{:.1f}"), _number(row["spread"], "{:.0%}"), *_rate(row),
             _number(row["error_rms"], "{:.1e}"), _number(row["error_ratio_rms"], "{:.2f}x"),
@@ -118,7 +121,7 @@ def _model_report(group: list[dict[str, Any]]) -> list[str]:
     for form, what in ((peers.UNCHANGED, "the unchanged model"), (peers.REWRITTEN, "the model rewritten by hand")):
         best = measure.best_peer(group, form)
         if best is not None:
-            judged = f" ({best['verdict']})" if best["verdict"] == harness.TOO_NOISY else ""
+            judged = f" ({best['verdict']})" if best["verdict"] == TOO_NOISY else ""
             lines.append(f"{best['ratio']:.2f}x the best peer on {what}, {best['peer']}{judged}")
     return lines
 
@@ -133,11 +136,12 @@ def _op_report(ops: list[dict[str, Any]]) -> str:
         mine = ours[key]
         shape = "x".join(map(str, row["shape"]))
         cells.append([
-            row["op"], shape, row["dtype"], row["peer"], f"{1e3 * mine['ms']:.1f}", f"{1e3 * row['ms']:.1f}", *_rate(row),
-            _number(mine["gflop_per_s"], "{:.0f}"), _number(mine["gbyte_per_s"], "{:.1f}"),
+            row["op"], shape, row["dtype"], row["peer"], f"{1e3 * mine['ms']:.1f}", f"{1e3 * row['ms']:.1f}",
+            *_rate(row), _number(mine["gflop_per_s"], "{:.0f}"), _number(mine["gbyte_per_s"], "{:.1f}"),
             _number(mine["error_ratio_rms"], "{:.2f}x"),
         ])  # fmt: skip
     header = (
-        "op", "shape", "dtype", "peer", "ours us", "peer us", "ratio", "p20..p80", "verdict", "GFLOP/s", "GB/s", "rms vs eager"
+        "op", "shape", "dtype", "peer", "ours us", "peer us", "ratio", "p20..p80", "verdict", "GFLOP/s", "GB/s",
+        "rms vs eager",
     )  # fmt: skip
     return table(header, cells, left=4)

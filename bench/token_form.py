@@ -36,7 +36,7 @@ class _TokenBlock(nn.Module):
 class TokenForm(nn.Module):
     """A deployed RIFormer classifier with every 1x1 convolution rewritten as ``F.linear`` over tokens.
 
-    What a user who knows that linear layers compile better than convolutions would write by hand: measured, it makes
+    A user who knows that linear layers compile better than convolutions would write this by hand. Measured, it makes
     torch.compile up to 1.4 times as fast. It shares the model's parameters and computes the same function.
     """
 

@@ -1,14 +1,14 @@
-"""A worker: one process that holds one thing to be timed, times it itself when told to, and sleeps otherwise.
+"""A worker: a process that holds one thing to be timed, times it when told to, and sleeps otherwise.
 
-Every peer, ours included, runs in a worker of its own, and the driver lets them take turns (`harness.rotate`).
-PyTorch, OpenVINO and ONNX Runtime each own a pool of threads that goes on spinning for a while after a call; in one
-process, or back to back, they take each other's cores: ours measured 106 images/s alone and 88-94 in one process with
-the two. A passive wait policy would prevent that, but is not what users run. So instead, before each sample the driver
-waits ``SETTLE`` seconds, by which time the pool of the one before has gone to sleep (measured: PyTorch's spins for
-10 ms, ONNX Runtime's for about 35, OpenVINO's not), and the worker makes one untimed call before the timed ones, which
-wakes its own threads and fetches its weights: what is timed is the steady state, not the way into it. A process of its
-own also takes its own environment, which is how an instruction set is kept from a peer (`isa.py`).
+Every peer, ours included, runs in a worker of its own, and the driver lets the workers take turns (`timing.rotate`).
+PyTorch, OpenVINO and ONNX Runtime each own a pool of threads that goes on spinning for a while after a call. In one
+process, or one directly after the other, they take each other's cores (bench/notes/2026-11-21-comparing-peers.md).
 
+Therefore the driver waits ``SETTLE`` seconds before each sample. By then the pool of the worker before has gone to
+sleep. The worker then makes one call that is not timed, which wakes its own threads and fetches its weights. What is
+timed is the steady state.
+
+A process of its own also has an environment of its own. That is how a peer is limited to an instruction set (`isa.py`).
 The driver and a worker exchange one line of JSON each way; tensors go through files.
 """
 
@@ -28,11 +28,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from harness import HERE, SHORTEST_SAMPLE, Samples, child_environment, rotate
+from child import HERE, child_environment
 from machine import Elsewhere
 
+from riformer_kernels.timing import SHORTEST_SAMPLE, Samples, rotate
+
 SETTLE = 0.05
-SHORTEST = 20 * SHORTEST_SAMPLE  # a worker's thread pool has just been woken: several calls where they are short
+SHORTEST = 20 * SHORTEST_SAMPLE
+"""A sample of a worker is longer than one in this process, since the worker's threads have just been woken."""
 BUILD_LIMIT, CALL_LIMIT = 1800.0, 300.0
 
 
@@ -77,7 +80,7 @@ class Worker:
             WorkerError: the target raised, died or took too long; no process is left then.
         """
         self.name = name
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (`close` closes it)
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "worker.py")],
             stdin=subprocess.PIPE,
@@ -132,10 +135,8 @@ class Worker:
             return
         with contextlib.suppress(OSError):
             self._process.stdin.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            pass
         with contextlib.suppress(OSError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
@@ -152,7 +153,7 @@ class Worker:
 def take_turns(
     workers: Mapping[str, Worker], seconds: float, min_rounds: int = 5
 ) -> tuple[dict[str, Samples], float | None]:
-    """`rotate` over workers: seconds per batch, and the share of the processors that others took meanwhile.
+    """`rotate` over workers: seconds per batch, and the share of the processors' time that others took.
 
     Raises:
         WorkerError: one of them failed.
@@ -167,7 +168,7 @@ def take_turns(
 
 
 def _answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """An answer to each request; what goes wrong is one, too."""
+    """An answer to each request. An exception is answered with its reason."""
     import torch
 
     call: Callable[[], object] | None = None
@@ -203,7 +204,7 @@ def describe(error: BaseException) -> str:
 
 
 def _main() -> None:
-    # Libraries print; what they print must not look like an answer.
+    # Answers go to what was standard output. What libraries print goes to standard error instead.
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         for answer in _answers(iter(sys.stdin.readline, "")):

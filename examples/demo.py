@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -32,12 +31,13 @@ try:
     import riformer_kernels
     from riformer_kernels import numerics
     from riformer_kernels.cli._output import table
+    from riformer_kernels.machine import cpu_name
+    from riformer_kernels.timing import Samples, interleave, ratio
 except ModuleNotFoundError as error:
     sys.exit(f"demo: error: {error.name} is not installed. Run: make demo (or pip install 'riformer-kernels[demo]')")
 
 import _digits
 import _photos
-from _measure import interleaved
 
 CHECKPOINT = Path(__file__).parent / "digits" / "riformer_digits.safetensors"
 LEAST_ACCURACY = 0.95
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     print(f"riformer_kernels {riformer_kernels.__version__} on real input")
     threads = torch.get_num_threads()
-    print(f"torch {torch.__version__}, {threads} thread{'s' if threads > 1 else ''}, {_processor()}", flush=True)
+    print(f"torch {torch.__version__}, {threads} thread{'s' if threads > 1 else ''}, {cpu_name()}", flush=True)
     problems: list[str] = []
     try:
         with torch.inference_mode():
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if arguments.json:
         figures = {
-            "riformer_kernels": riformer_kernels.__version__, "torch": torch.__version__, "processor": _processor(),
+            "riformer_kernels": riformer_kernels.__version__, "torch": torch.__version__, "processor": cpu_name(),
             "threads": threads, "quick": arguments.quick, "passed": not problems, "problems": problems,
             "digits": digits, "photos": photos,
         }  # fmt: skip
@@ -97,12 +97,10 @@ def _verdict(digits: dict[str, Any], photos: list[dict[str, Any]], problems: lis
     )
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def _per_item(samples: Samples, items: int) -> str:
+    """Median milliseconds per item with half the spread, as text."""
+    milliseconds = 1e3 * samples.median / items
+    return f"{milliseconds:{'.3g' if milliseconds < 1000 else ',.0f'}} ±{samples.spread / 2:.0%}"
 
 
 # ----------------------------------------------------------------------------------------------------------- digits
@@ -135,20 +133,20 @@ def digits_part(checkpoint: Path, quick: bool, problems: list[str]) -> dict[str,
     logits = {name: _logits(model, images) for name, model in models.items()}
     golden = _logits(copy.deepcopy(deployed).double(), images.double())
     accuracy = {name: (found.argmax(1) == held_out.labels).double().mean().item() for name, found in logits.items()}
-    times = interleaved(
+    times = interleave(
         {name: lambda model=model: _logits(model, images) for name, model in models.items()},
-        rounds=2 if quick else 11, budget=1 if quick else 3, least=2,
+        1 if quick else 3, min_rounds=2, max_rounds=2 if quick else 11, warmup=1,
     )  # fmt: skip
 
-    print(
-        f"\n(a) {len(held_out):,} held-out scanned digits, RIFormer of {riformer.count_parameters(trained):,} parameters"
-    )
+    parameters = riformer.count_parameters(trained)
+    print(f"\n(a) {len(held_out):,} held-out scanned digits, RIFormer of {parameters:,} parameters")
     print("    Plain PyTorch in training-time and deployed form, then patched, all in float32.")
-    print("    Times: median of interleaved rounds ± half the quartile distance. Errors: against float64.\n")
+    print("    Times: median of interleaved rounds ± half the span from the 20th to the 80th percentile.")
+    print("    Errors: against float64.\n")
     rows = []
     for name, value in accuracy.items():
-        figures, speed = numerics.figures(logits[name], golden), times[name].speedup_over(times["deployed"])
-        cells = (times[name].per_item(len(held_out)), f"{speed:.2f}x", f"{figures.max:.1e}", f"{figures.rms:.1e}")
+        figures, speed = numerics.figures(logits[name], golden), ratio(times[name], times["deployed"]).median
+        cells = (_per_item(times[name], len(held_out)), f"{speed:.2f}x", f"{figures.max:.1e}", f"{figures.rms:.1e}")
         rows.append((name, f"{value:.1%}", *cells))
     header = ("model", "accuracy", "ms/image", "speed-up", "max error", "RMS error")
     table(header, rows, right=range(1, len(header)))
@@ -176,7 +174,7 @@ def digits_part(checkpoint: Path, quick: bool, problems: list[str]) -> dict[str,
         "max_difference": difference.max().item(), "rms_difference": rms, "ratios": ratios.as_dict(),
         "ms_per_image": {name: 1e3 * value.median / len(held_out) for name, value in times.items()},
         "spread": {name: value.spread for name, value in times.items()},
-        "speedup": times["patched"].speedup_over(times["deployed"]),
+        "speedup": ratio(times["patched"], times["deployed"]).median,
     }  # fmt: skip
 
 
@@ -185,8 +183,11 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _disagreements(ours: Tensor, eager: Tensor, golden: Tensor) -> Tensor:
-    """Which images ``[n]`` get another answer without being a tie: our error may be twice eager's, so float64's first
-    two logits must be farther apart than twice that for both answers to be float64's."""
+    """Which images ``[n]`` get another answer from us than from eager, without being a tie.
+
+    A tie: float64's two largest logits are so close that errors within the limits can swap them. Our error may be
+    twice eager's, and both logits may have it.
+    """
     best = golden.topk(2, dim=1).values
     tie = best[:, 0] - best[:, 1] <= 4 * (eager.double() - golden).abs().max()
     return (ours.argmax(1) != eager.argmax(1)) & ~tie
@@ -254,15 +255,15 @@ def _photos_in(dtype: torch.dtype, images: Tensor, batches: Sequence[int], quick
             "channels_last": lambda x=x_last: channels_last(x),
             "patched": lambda x=x: patched(x),
         }
-        rounds = 2 if quick else 7 if size > 1 else 21
-        times = interleaved(calls, rounds=rounds, budget=1 if quick else 6 if size > 1 else 2, least=2 if quick else 3)
+        seconds, rounds = (1, 2) if quick else (6, 7) if size > 1 else (2, 21)
+        times = interleave(calls, seconds, min_rounds=2 if quick else 3, max_rounds=rounds, warmup=1)
         rows.append({
             "dtype": str(dtype).removeprefix("torch."), "batch": size, "ratios": ratios,
-            "cells": [times[name].per_item(size) for name in calls],
+            "cells": [_per_item(times[name], size) for name in calls],
             "ms_per_image": {name: 1e3 * value.median / size for name, value in times.items()},
             "spread": {name: value.spread for name, value in times.items()},
-            "speedup": times["patched"].speedup_over(times["eager"]),
-            "speedup_channels_last": times["patched"].speedup_over(times["channels_last"]),
+            "speedup": ratio(times["patched"], times["eager"]).median,
+            "speedup_channels_last": ratio(times["patched"], times["channels_last"]).median,
         })  # fmt: skip
     return rows
 

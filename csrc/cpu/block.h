@@ -34,7 +34,8 @@ template <class T, class Gemm>
 struct SplitBlock;
 
 // Whether the threads share the channels: when there is less than a task of tokens for each, all of them would read all
-// weights, which at batch 1 is what takes the time (bench/NOTES.md). The bits are the same either way.
+// weights, which at batch 1 is what takes the time (bench/notes/2026-11-21-cpu-batch-1.md). The bits are the same
+// either way.
 inline bool splits_channels(const cpu::BlockArgs& args, const Tasks& tasks) {
   constexpr int64_t kMostTokens = 384;
   return args.pool.threads > 1 && !args.per_position && tasks.count <= args.pool.threads &&

@@ -158,7 +158,7 @@ struct GemmBfloat16 : PairPanel<RIFORMER_GEMM_VECTORS * Vec::kLanes> {
 #endif
 
 // Working memory of a task, apart from weights. With 16-bit elements twice as much pays off, as sums and panels are
-// passed over half as often for each of their bytes (bench/NOTES.md).
+// passed over half as often for each of their bytes (bench/notes/2026-11-21-cpu-panels-and-tasks.md).
 template <class Gemm>
 constexpr int64_t task_bytes() {
   return RIFORMER_TASK_BYTES * 4 / static_cast<int64_t>(sizeof(typename Gemm::Element));

@@ -144,13 +144,12 @@ def machine() -> dict[str, Any]:
     import torch
 
     import riformer_kernels
-
-    from .info import cpu_model
+    from riformer_kernels.machine import cpu_name
 
     return {
         "riformer_kernels": riformer_kernels.__version__,
         "torch": torch.__version__,
-        "cpu": cpu_model(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
     }
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ._arguments import EXIT_CODES, add_backend, add_format, dtype, integer, number, several
@@ -17,6 +15,8 @@ from ._output import document, note, progress, table
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from riformer_kernels.timing import Samples
 
 SUMMARY = "how fast, side by side with eager PyTorch (and torch.compile)"
 DESCRIPTION = """\
@@ -36,7 +36,7 @@ examples:
 {EXIT_CODES}"""
 
 PATCHED = "patched"
-WARM_UP, LEAST_ROUNDS = 2, 5
+LEAST_ROUNDS = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from riformer_kernels.machine import threads
+
     _warn_if_busy()
     with threads(arguments.threads):
         model = random_model(arguments.arch, seed=0, deploy=True)
@@ -96,20 +98,6 @@ def _warn_if_busy() -> None:
             note(f"this machine is busy (load {load:.1f} on {cpus} CPUs): take the figures with caution")
 
 
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """PyTorch's number of threads meanwhile; None leaves it."""
-    import torch
-
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class _Variant:
     """One way to run the model: ``call(x)``, the layout of its input, who serves it; ``error`` once it has failed."""
 
@@ -126,7 +114,8 @@ def _variants(
     import riformer_kernels
 
     plain = copy.deepcopy(model).to(torch_dtype(name))
-    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    last: Any = copy.deepcopy(plain)
+    last.to(memory_format=torch.channels_last)
     patched = copy.deepcopy(plain)
     advance(0, f"{name}: verifying")
     # Raises VerificationError, exit 1, before anything is timed.
@@ -137,7 +126,7 @@ def _variants(
         _Variant(PATCHED, patched, False, served_by(handle)),
     ]
     if arguments.compile:
-        options = {"max_autotune": True, "freezing": True}
+        options: dict[str, Any] = {"max_autotune": True, "freezing": True}
         compiled = torch.compile(copy.deepcopy(last), options=options, dynamic=False)
         found.insert(2, _Variant("torch.compile", compiled, True, "PyTorch, max-autotune, freezing"))
     return found
@@ -147,34 +136,32 @@ def _configuration(variants: list[_Variant], name: str, batch: int, arguments: a
     """Time all variants for one dtype and batch size."""
     import torch
 
+    from riformer_kernels.timing import interleave
+
     size = arguments.image_size
     x = torch.randn((batch, 3, size, size), generator=torch.Generator().manual_seed(0)).to(torch_dtype(name))
     inputs = {False: x, True: x.contiguous(memory_format=torch.channels_last)}
-    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
     with torch.inference_mode():
         for variant in variants:
             _warm_up(variant, inputs[variant.channels_last])
-        alive = [variant for variant in variants if variant.error is None]
-        until, rounds = time.perf_counter() + arguments.seconds, 0
-        while rounds < LEAST_ROUNDS or time.perf_counter() < until:
-            for index in range(len(alive)):
-                variant = alive[(rounds + index) % len(alive)]  # nobody always goes first
-                start = time.perf_counter()
-                variant.call(inputs[variant.channels_last])
-                times[variant.name].append(time.perf_counter() - start)
-            rounds += 1
-    rows = [_row(variant, times[variant.name], batch) for variant in variants]
+        calls = {
+            variant.name: lambda variant=variant: variant.call(inputs[variant.channels_last])
+            for variant in variants
+            if variant.error is None
+        }
+        times = interleave(calls, arguments.seconds, min_rounds=LEAST_ROUNDS, warmup=1)
+    rows = [_row(variant, times.get(variant.name), batch) for variant in variants]
     peers = [row for row in rows if row["variant"] != PATCHED and not row["error"]]
     best = min(peers, key=lambda row: row["median_ms"])
     for row in rows:
         row["vs_best_peer"] = None if row["error"] else best["median_ms"] / row["median_ms"]
-    return {"dtype": name, "batch": batch, "rounds": rounds, "best_peer": best["variant"], "rows": rows}
+    return {"dtype": name, "batch": batch, "rounds": times[PATCHED].rounds, "best_peer": best["variant"], "rows": rows}
 
 
 def _warm_up(variant: _Variant, x: torch.Tensor) -> None:
+    """The first call, which compiles; a torch.compile that fails is noted and left out."""
     try:
-        for _ in range(WARM_UP):
-            variant.call(x)
+        variant.call(x)
     except Exception as error:
         if variant.name != "torch.compile":
             raise
@@ -183,21 +170,12 @@ def _warm_up(variant: _Variant, x: torch.Tensor) -> None:
         note(f"torch.compile cannot be measured here: {variant.error}")
 
 
-def _row(variant: _Variant, seconds: list[float], batch: int) -> dict[str, Any]:
+def _row(variant: _Variant, samples: Samples | None, batch: int) -> dict[str, Any]:
     row: dict[str, Any] = {"variant": variant.name, "served_by": variant.detail, "error": variant.error}
-    if variant.error:
+    if samples is None:
         return row | dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "images_per_s"))
-    p20, median, p80 = (percentile(seconds, share) for share in (0.2, 0.5, 0.8))
-    return row | {"median_ms": 1e3 * median, "p20_ms": 1e3 * p20, "p80_ms": 1e3 * p80, "images_per_s": batch / median}
-
-
-def percentile(values: list[float], share: float) -> float:
-    """The value below which ``share`` of ``values`` lie, interpolated."""
-    ordered = sorted(values)
-    at = share * (len(ordered) - 1)
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+    times = {"median_ms": 1e3 * samples.median, "p20_ms": 1e3 * samples.p20, "p80_ms": 1e3 * samples.p80}
+    return row | times | {"images_per_s": batch / samples.median}
 
 
 def _print(timed: str, where: dict[str, Any], results: list[dict[str, Any]]) -> None:

@@ -7,7 +7,6 @@ import os
 import platform
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from ._arguments import EXIT_CODES, add_format
@@ -25,7 +24,6 @@ examples:
 
 {EXIT_CODES}"""
 
-CPUINFO = Path("/proc/cpuinfo")
 # What the kernels are compiled for, as /proc/cpuinfo spells it; for machines where the library cannot say.
 _FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16")
 _VARIABLES = (
@@ -65,16 +63,17 @@ def collect() -> dict[str, Any]:
     """Everything that the command shows."""
     import torch
 
+    from riformer_kernels import machine
     from riformer_kernels.backends import cpu
 
     status = cpu.isa_status()
     return {
         "versions": _versions(),
         "cpu": {
-            "model": cpu_model(),
+            "model": machine.cpu_name(),
             "architecture": platform.machine(),
             "logical_cpus": os.cpu_count(),
-            "usable_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "usable_cpus": machine.usable_cpus(),
             "torch_threads": torch.get_num_threads(),
             "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "features": status["features"] or _features(),
@@ -106,29 +105,11 @@ def _versions() -> dict[str, str | None]:
     return found
 
 
-def cpu_model() -> str:
-    """The processor's name."""
-    for line in _cpuinfo():
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model", "cpu model") and value.strip():
-            return value.strip()
-    return platform.processor() or platform.machine() or "unknown"
-
-
 def _features() -> dict[str, bool]:
-    for line in _cpuinfo():
-        key, _, value = line.partition(":")
-        if key.strip() == "flags":
-            flags = set(value.split())
-            return {name: name in flags for name in _FLAGS}
-    return {}
+    from riformer_kernels import machine
 
-
-def _cpuinfo() -> list[str]:
-    try:
-        return CPUINFO.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
+    flags = machine.cpu_flags()
+    return {name: name in flags for name in _FLAGS} if flags else {}
 
 
 def _backends(status: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The benchmark's own code: statistics and taking turns on fake clocks, what it was measured on, peak memory."""
+"""The benchmark's own code: verdicts, what it was measured on, peak memory."""
 
 from __future__ import annotations
 
@@ -11,108 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from support_bench import BENCH, bench_on_path, module  # noqa: F401
+from support_bench import BENCH, bench_on_path, module  # noqa: F401  (fixtures)
 
-
-class Machine:
-    """A fake clock, and functions that take a known time on it."""
-
-    def __init__(self) -> None:
-        self.now, self.order = 0.0, []
-
-    def clock(self) -> float:
-        return self.now
-
-    def function(self, name: str, *seconds: float):
-        calls = iter(range(10**6))
-
-        def call() -> None:
-            self.order.append(name)
-            self.now += seconds[min(next(calls), len(seconds) - 1)]
-
-        return call
-
-
-# ----------------------------------------------------------------------------------------------------------- timing
-
-
-def test_samples_have_interpolated_percentiles() -> None:
-    samples = module("harness").Samples(tuple(float(value) for value in (6, 1, 2, 5, 3, 4)))
-    assert (samples.median, samples.p20, samples.p80, samples.best, samples.rounds) == (3.5, 2.0, 5.0, 1.0, 6)
-    assert samples.spread == pytest.approx(3 / 3.5)
-    assert samples.per_second(7) == pytest.approx((2.0, 1.4, 3.5))
-
-
-def test_interleave_rotates_and_counts_rounds() -> None:
-    machine = Machine()
-    functions = {"a": machine.function("a", 1.0), "b": machine.function("b", 2.0), "c": machine.function("c", 3.0)}
-    found = module("harness").interleave(functions, 20.0, min_rounds=3, warmup=2, clock=machine.clock)
-    assert machine.order[:6] == ["a", "a", "b", "b", "c", "c"]
-    rounds = ["".join(machine.order[at : at + 3]) for at in range(6, len(machine.order), 3)]
-    assert rounds == ["abc", "bca", "cab", "abc"]  # 6 s each: the one that passes 20 s is finished
-    assert {name: samples.seconds for name, samples in found.items()} == {
-        "a": (1.0,) * 4, "b": (2.0,) * 4, "c": (3.0,) * 4,
-    }  # fmt: skip
-
-
-def test_interleave_makes_the_least_rounds_however_long_they_take() -> None:
-    machine = Machine()
-    found = module("harness").interleave({"a": machine.function("a", 9.0)}, 0.0, min_rounds=5, clock=machine.clock)
-    assert found["a"].rounds == 5
-
-
-def test_interleave_repeats_what_is_too_short_for_the_clock() -> None:
-    machine = Machine()
-    short = machine.function("short", 1e-4)
-    found = module("harness").interleave({"short": short}, 0.0, warmup=1, shortest=1e-3, clock=machine.clock)
-    assert len(machine.order) == 1 + 5 * 10
-    assert found["short"].median == pytest.approx(1e-4)
-
-
-def test_interleave_waits_for_the_device_before_each_reading() -> None:
-    machine = Machine()
-    wait = machine.function("wait", 0.5)  # as a queue of work that a call only started
-    found = module("harness").interleave({"a": machine.function("a", 1.0)}, 0.0, synchronize=wait, clock=machine.clock)
-    assert found["a"].median == 1.5
-
-
-def test_interleave_lets_exceptions_pass_and_turns_the_collector_on_again() -> None:
-    import gc
-
-    machine, state = Machine(), []
-
-    def fails() -> None:
-        state.append(gc.isenabled())
-        machine.now += 1.0
-        if len(state) > 3:
-            raise RuntimeError("no more")
-
-    with pytest.raises(RuntimeError, match="no more"):
-        module("harness").interleave({"a": fails}, 1.0, clock=machine.clock)
-    assert state == [False] * 4 and gc.isenabled()
-
-
-def test_ratio_is_the_median_of_the_rounds() -> None:
-    harness = module("harness")
-    # The machine is ten times slower from the third round on: the pairs do not care, the medians would.
-    ours, peer = harness.Samples((1.0, 1.0, 10.0, 10.0, 10.0)), harness.Samples((2.0, 2.0, 2.0, 20.0, 20.0))
-    assert harness.ratio(ours, peer).median == 2.0
-    assert harness.ratio(ours, peer).p20 == pytest.approx(1.64)
-    with pytest.raises(ValueError, match="5 rounds against 1"):
-        harness.ratio(ours, harness.Samples((1.0,)))
+from riformer_kernels.timing import Samples
 
 
 def test_verdict_is_withheld_when_noisy() -> None:
-    harness = module("harness")
-    calm, twice = harness.Samples((1.0, 1.01, 0.99, 1.0, 1.02)), harness.Samples((2.0, 2.01, 1.99, 2.0, 2.02))
-    noisy = harness.Samples((2.0, 3.0, 1.9, 3.0, 2.0))
+    verdict = module("verdict")
+    calm, twice = Samples((1.0, 1.01, 0.99, 1.0, 1.02)), Samples((2.0, 2.01, 1.99, 2.0, 2.02))
+    noisy = Samples((2.0, 3.0, 1.9, 3.0, 2.0))
     assert noisy.spread > 0.25
-    assert harness.verdict(calm, twice) == "faster"
-    assert harness.verdict(twice, calm) == "slower"
-    assert harness.verdict(calm, harness.Samples(calm.seconds[::-1])) == "even"
-    assert harness.verdict(calm, noisy) == harness.verdict(noisy, twice) == harness.TOO_NOISY
-    assert harness.verdict(calm, twice, elsewhere=0.01) == "faster"
-    assert harness.verdict(calm, twice, elsewhere=0.5) == harness.TOO_NOISY
+    assert verdict.verdict(calm, twice) == "faster"
+    assert verdict.verdict(twice, calm) == "slower"
+    assert verdict.verdict(calm, Samples(calm.seconds[::-1])) == "even"
+    assert verdict.verdict(calm, noisy) == verdict.verdict(noisy, twice) == verdict.TOO_NOISY
+    assert verdict.verdict(calm, twice, elsewhere=0.01) == "faster"
+    assert verdict.verdict(calm, twice, elsewhere=0.5) == verdict.TOO_NOISY
 
 
 # ----------------------------------------------------------------------------------------------------- machine, memory

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
-from support_bench import TINY, bench_on_path, module, native  # noqa: F401
+from support_bench import TINY, bench_on_path, module, native  # noqa: F401  (fixtures)
 
 MODEL_KEYS = {
-    "kind", "arch", "size", "batch", "dtype", "device", "isa", "threads", "peer", "form", "detail", "reason", "rounds",
-    "ms", "images_per_s", "images_per_s_p20", "images_per_s_p80", "ratio", "ratio_p20", "ratio_p80", "verdict", "spread",
-    "error_max", "error_rms", "error_ratio_rms", "error_passed", "extra_memory_bytes", "memory_ratio", "memory_method",
-    "memory_reason", "gflop_per_s", "ceiling_share", "elsewhere",
+    "kind", "arch", "size", "batch", "dtype", "device", "isa", "threads", "peer", "form", "detail", "reason",
+    "rounds", "ms", "images_per_s", "images_per_s_p20", "images_per_s_p80", "ratio", "ratio_p20", "ratio_p80",
+    "verdict", "spread", "error_max", "error_rms", "error_ratio_rms", "error_passed", "extra_memory_bytes",
+    "memory_ratio", "memory_method", "memory_reason", "gflop_per_s", "ceiling_share", "elsewhere",
 }  # fmt: skip
 
 
@@ -66,17 +68,18 @@ def test_compare_writes_valid_lines_and_plots(
     assert "the best peer on the unchanged model" in printed.out and f"{len(rows) + 1} rows in" in printed.out
     assert "[  0%]" in printed.err and "building eager_channels_last" in printed.err
     drawn = {path.name for path in out.parent.iterdir()} - {out.name}
-    if "plots: " in printed.out:
-        assert drawn == {"tiny-throughput.svg", "tiny-roofline.svg"}
+    if "matplotlib is not installed" in printed.out:
+        assert drawn == {"tiny-summary.svg"}
     else:
-        assert drawn == set() and "matplotlib is not installed" in printed.out
+        assert drawn == {"tiny-summary.svg", "tiny-throughput.svg", "tiny-roofline.svg"}
+        assert all(name in printed.out for name in drawn)
 
 
 class FakeWorker:
     """A peer's worker without a process: computes the model, takes a known time, and dies where it is told to."""
 
     dies_when_built: tuple[str, ...] = ()
-    dies_in_round: dict[str, int] = {}
+    dies_in_round: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, name: str, target: str, arguments: dict, **options: object) -> None:
         worker, subject, peers = map(module, ("worker", "subject", "peers"))
@@ -152,7 +155,7 @@ def test_peer_that_cannot_be_limited_is_left_out(monkeypatch: pytest.MonkeyPatch
 
 
 def result_rows() -> list[dict]:
-    """Rows of two peers and one that failed, of two stages, of ceilings and of growth, with what tables and plots read."""
+    """Rows with what tables and plots read: two peers and one that failed, two stages, ceilings, growth."""
     common = {
         "arch": "s12",
         "size": 224,
@@ -215,8 +218,8 @@ def test_report_says_everything_that_is_not_a_number() -> None:
 
 
 def test_lines_turn_what_json_lacks_into_null() -> None:
-    compare = module("compare")
-    assert json.loads(compare._line({"a": math.inf, "b": math.nan, "c": 1.5})) == {"a": None, "b": None, "c": 1.5}
+    journal = module("journal")
+    assert json.loads(journal.line({"a": math.inf, "b": math.nan, "c": 1.5})) == {"a": None, "b": None, "c": 1.5}
 
 
 def test_compare_rejects_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,7 +247,7 @@ def test_roofline_has_every_stage_under_the_measured_roofs() -> None:
     figure = module("plots").roofline(HEAD, result_rows())
     (axis,) = figure.axes
     roofs, points = axis.lines[:2], axis.lines[2:]
-    assert list(roofs[0].get_xdata())[0] == pytest.approx(40) and list(roofs[0].get_ydata()) == [1000.0, 1000.0]
+    assert roofs[0].get_xdata()[0] == pytest.approx(40) and list(roofs[0].get_ydata()) == [1000.0, 1000.0]
     assert roofs[1].get_ydata()[-1] == pytest.approx(1000)  # they meet
     assert sorted((line.get_xdata()[0], line.get_ydata()[0]) for line in points) == [(16.0, 30.0), (250.0, 400.0)]
 

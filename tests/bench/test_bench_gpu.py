@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from support_paths import ROOT
-
-BENCH = ROOT / "bench"
+from support_bench import bench_on_path, module  # noqa: F401  (fixtures)
 
 
 @pytest.fixture(scope="module")
-def gpu():
-    sys.path.insert(0, str(BENCH))
-    try:
-        yield importlib.import_module("gpu")
-    finally:
-        sys.path.remove(str(BENCH))
+def gpu(bench_on_path: None) -> ModuleType:
+    return module("gpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_without_a_gpu_it_says_so_and_writes_nothing(gpu, capsys, tmp_path):
+def test_without_a_gpu_it_says_so_and_writes_nothing(
+    gpu: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert gpu.main(["--output", str(tmp_path / "out.jsonl")]) == 2
     said = capsys.readouterr().err
     assert "nothing measured: no GPU to run on (triton: " in said and "; cuda: " in said
     assert not list(tmp_path.iterdir())
 
 
-def test_defaults_are_those_of_the_targets(gpu):
+def test_defaults_are_those_of_the_targets(gpu: ModuleType) -> None:
     arguments = gpu.arguments_of([])
     assert set(arguments.arch) == {"s12", "s24", "s36", "m36", "m48"} and set(arguments.batch) == {1, 64, 256, 1024}
     assert set(arguments.backend) == {"triton", "cuda"}
     assert arguments.seconds <= 480 and arguments.size == 224 and arguments.dtype == "bfloat16"
 
 
-def test_moved_bytes(gpu):
-    """Stage by stage for S12 at 224: x in and out per block, and where the hidden tensor is in memory, 1 + 4 + 4 more."""
+def test_moved_bytes(gpu: ModuleType) -> None:
+    """Stage by stage for S12 at 224: x in and out per block.
+
+    Where the hidden tensor is in memory, x is read once more, and four times its size is written and read.
+    """
     tokens = [64 * 56**2, 128 * 28**2, 320 * 14**2, 512 * 7**2]
     embeds = 3 * 224**2 + 2 * sum(tokens) - tokens[-1]
     blocks = 2 * 2 * tokens[0] + 2 * 2 * tokens[1] + 6 * 11 * tokens[2] + 2 * 11 * tokens[3]
@@ -48,7 +47,7 @@ def test_moved_bytes(gpu):
     assert gpu.moved_bytes("s12", 224, torch.bfloat16, lambda c, positions: True) == 2 * all_fused
 
 
-def test_the_table_shows_what_was_not_measured(gpu):
+def test_the_table_shows_what_was_not_measured(gpu: ModuleType) -> None:
     row = {"arch": "s12", "batch": 1, "peer": "compile NCHW", "reason": "no time left to compile it"}
     timed = {
         "arch": "s12", "batch": 256, "peer": "ours", "ms": 3.5, "images_per_s": 73142.9, "over_strongest": 1.5,
@@ -59,8 +58,9 @@ def test_the_table_shows_what_was_not_measured(gpu):
     assert lines[2].endswith("no time left to compile it")
 
 
-def test_samples_rotate(gpu, monkeypatch):
+def test_samples_rotate(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
     monkeypatch.setattr(gpu, "timed", lambda call, calls: call() or 1.0)
     found = gpu.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)
-    assert order[4:] == ["a", "b", "b", "a"] and found == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+    assert order[6:] == ["a", "b", "b", "a"]
+    assert {name: samples.seconds for name, samples in found.items()} == {"a": (1.0, 1.0), "b": (1.0, 1.0)}

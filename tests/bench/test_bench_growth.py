@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support_bench import TINY, bench_on_path, module  # noqa: F401
+from support_bench import TINY, bench_on_path, module  # noqa: F401  (fixtures)
+
+from riformer_kernels.timing import Samples
 
 # ----------------------------------------------------------------------------------------------------------- growth
 
@@ -39,12 +41,12 @@ def test_threads_need_1_8() -> None:
 
 
 def test_growth_verdict_is_withheld_when_noisy() -> None:
-    growth, harness = module("growth"), module("harness")
+    growth, verdict = module("growth"), module("verdict")
     met, missed = growth.threads_finding(1.9), growth.threads_finding(1.5)
-    calm, noisy = harness.Samples((1.0, 1.01, 0.99)), harness.Samples((1.0, 2.0, 3.0))
+    calm, noisy = Samples((1.0, 1.01, 0.99)), Samples((1.0, 2.0, 3.0))
     assert growth.judged(met, {1: calm, 2: calm}, 0.0) == "met"
     assert growth.judged(missed, {1: calm, 2: calm}, None) == "missed"
-    assert growth.judged(met, {1: calm, 2: noisy}, 0.0) == growth.judged(met, {1: calm}, 0.9) == harness.TOO_NOISY
+    assert growth.judged(met, {1: calm, 2: noisy}, 0.0) == growth.judged(met, {1: calm}, 0.9) == verdict.TOO_NOISY
 
 
 class FakeWorker:

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support_bench import TINY, bench_on_path, module, native  # noqa: F401
+from support_bench import TINY, bench_on_path, module, native  # noqa: F401  (fixtures)
+
+from riformer_kernels import ops
 
 
 def test_token_form_is_the_model() -> None:
@@ -130,7 +132,13 @@ def test_ours_is_asserted_and_peers_are_reported(native: None) -> None:
         judge.ratios("ours", wrong)
 
 
-@pytest.mark.parametrize("op", ["block", "embed", "norm", "head", "moments"])
+def test_every_op_has_a_benchmark() -> None:
+    assert set(module("op_cases").SHAPES) == {name for name, op in ops.ALL.items() if not op.in_place}
+    for name, op in ops.ALL.items():
+        assert not op.in_place or name.rstrip("_") in ops.ALL, f"{name} has no twin whose benchmark is its own"
+
+
+@pytest.mark.parametrize("op", [name for name, op in ops.ALL.items() if not op.in_place])
 def test_op_cases_hold_the_error_rule(native: None, op: str) -> None:
     op_cases = module("op_cases")
     cases = op_cases.cases(op, (torch.float32,), (1,))

@@ -1,11 +1,13 @@
-"""Workers: processes that time themselves, say why they cannot, and leave nothing behind; limits on instruction sets."""
+"""Workers time themselves, say why they cannot, and leave nothing behind. Limits on instruction sets reach them."""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
 
 import pytest
-from support_bench import bench_on_path, module, native  # noqa: F401
+from support_bench import bench_on_path, module, native  # noqa: F401  (fixtures)
 
 from riformer_kernels.errors import BackendError
 
@@ -51,7 +53,7 @@ def test_worker_that_dies_or_hangs_says_so() -> None:
             made.sample(1)
         with pytest.raises(worker.WorkerError, match="SIGKILL"):
             made.sample(1)
-    with pytest.raises(worker.WorkerError, match="no answer in 0.01 s"):
+    with pytest.raises(worker.WorkerError, match=r"no answer in 0\.01 s"):
         worker.Worker("it", "support_bench:naps", {"seconds": 0}, limit=0.01)
 
 
@@ -66,6 +68,25 @@ def test_limit_reaches_the_worker(native: None) -> None:
     environment = isa.environment("avx2")
     with worker.Worker("naps", "support_bench:naps", {"seconds": 0}, environment=environment) as made:
         assert made.facts["isa"] == "avx2" and made.facts["torch_isa"] == "AVX2"
+
+
+def test_table_names_what_the_library_is_compiled_for(native: None) -> None:
+    isa = module("isa")
+    compiled = [name for name in isa.cpu.isa_status()["compiled"] if name in isa.TABLE]
+    assert compiled == isa.cpu.isa_status()["compiled"], "the library has an instruction set that bench/isa.py lacks"
+    if platform.machine() in ("x86_64", "AMD64"):
+        assert set(isa.TABLE) == set(compiled)
+    for name, entry in isa.TABLE.items():
+        assert entry.hardware or not entry.environment, name
+        assert bool(entry.environment) == bool(entry.march) == bool(entry.dtypes), name
+        assert entry.environment.get("RIFORMER_CPU_ISA", name) == name
+    assert set(isa.HARDWARE[1:]) == set(isa.LIMITS), "all but the best set can be a limit"
+
+
+def test_probe_and_table_name_the_same_instruction_sets() -> None:
+    isa = module("isa")
+    kinds = re.findall(r'^    \{"[a-z0-9]+-([a-z0-9]+)"', module("peak").SOURCE.read_text(), re.MULTILINE)
+    assert set(kinds) == set(isa.HARDWARE)
 
 
 def test_limits_are_those_below_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +107,7 @@ def test_missing_instruction_set_is_named_with_those_present(
     isa, compare = module("isa"), module("compare")
     status = {"supported": ["avx2", "scalar"], "error": None, "chosen": "avx2"}
     monkeypatch.setattr(isa.cpu, "isa_status", lambda: status)
-    with pytest.raises(BackendError, match="'avx512' is not to be had.*avx2, scalar"):
+    with pytest.raises(BackendError, match=r"'avx512' is not to be had.*avx2, scalar"):
         isa.check("avx512")
     assert compare.main(["--isa", "avx512"]) == 2
     assert "'avx512'" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from support_cli import COMMANDS, EXACT, ROOT, Terminal, checkpoint, environment
 from support_riformer import one_thread  # noqa: F401
 
 import riformer_kernels
-from riformer_kernels import backends
+from riformer_kernels import backends, machine
 from riformer_kernels.cli import _output, bench, info, main, parser
 
 # ------------------------------------------------------------------------------------------------- the tool as a whole
@@ -197,11 +197,11 @@ def test_info_shows_why_not_and_the_variables(
 
 def test_cpu_model_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Example 9000 @ 3 GHz\nflags\t\t: fma avx2\n")
-    monkeypatch.setattr(info, "CPUINFO", tmp_path / "cpuinfo")
-    assert info.cpu_model() == "Example 9000 @ 3 GHz"
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    assert machine.cpu_name() == "Example 9000 @ 3 GHz"
     assert [name for name, there in info._features().items() if there] == ["avx2", "fma"]
-    monkeypatch.setattr(info, "CPUINFO", tmp_path / "nothing")
-    assert info.cpu_model() and info._features() == {}
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "nothing")
+    assert machine.cpu_name() and info._features() == {}
 
 
 # ------------------------------------------------------------------------------------------------------------- verify
@@ -333,13 +333,6 @@ def test_bench_verifies_first(
 def test_bench_unknown_arch(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--arch", "s13"]) == 2
     assert "s12, s24" in capsys.readouterr().err
-
-
-def test_percentile() -> None:
-    assert [bench.percentile([4.0, 1.0, 3.0, 2.0, 5.0], share) for share in (0.0, 0.2, 0.5, 0.8, 1.0)] == pytest.approx(
-        [1.0, 1.8, 3.0, 4.2, 5.0]
-    )
-    assert bench.percentile([7.0], 0.2) == 7.0
 
 
 def test_every_option_has_help() -> None:

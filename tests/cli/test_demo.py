@@ -21,7 +21,6 @@ import riformer_kernels
 sys.path.insert(0, str(ROOT / "examples"))
 
 import _digits
-import _measure
 import demo
 
 needs_digits = pytest.mark.skipif(
@@ -213,13 +212,3 @@ def test_ties_explain_a_disagreement_and_nothing_else_does() -> None:
     eager = golden + 1e-7
     ours = torch.tensor([[1.0, 0.9], [3.0, 2.0], [1.0, 2.0]])
     assert demo._disagreements(ours, eager, golden).tolist() == [False, True, False]
-
-
-def test_times_are_taken_in_turn() -> None:
-    calls: list[str] = []
-    contenders = {name: lambda name=name: calls.append(name) for name in "abc"}
-    times = _measure.interleaved(contenders, rounds=3, budget=60)
-    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
-    assert all(len(times[name].seconds) == 3 for name in "abc")
-    one, two = _measure.Times((1.0, 2.0, 4.0)), _measure.Times((3.0, 4.0, 4.0))
-    assert one.median == 2.0 and one.speedup_over(two) == 2.0 and one.spread == pytest.approx(0.375)
