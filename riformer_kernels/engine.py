@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .errors import InputError, MemoryLimitError
-from .fused import CONFIG, FusedBackbone
+from .fused import FusedBackbone
+from .modules import STATE
 from .patching import patch
 
 BATCH_SIZES = (1, 8, 64, 256)
@@ -243,7 +244,9 @@ def _first(outputs: Any, count: int, device: torch.device, size: int) -> Any:
 
 def _joined(parts: list[Any]) -> Any:
     flat = [tree_flatten(part) for part in parts]
-    return tree_unflatten([torch.cat(values) for values in zip(*(leaves for leaves, _ in flat))], flat[0][1])
+    return tree_unflatten(
+        [torch.cat(values) for values in zip(*(leaves for leaves, _ in flat), strict=True)], flat[0][1]
+    )
 
 
 def _state(modules: list[nn.Module]) -> tuple:
@@ -251,7 +254,7 @@ def _state(modules: list[nn.Module]) -> tuple:
     programs of the backbones. Asked by every call, hence of a list of modules rather than of the tree."""
     children = tuple(chain.from_iterable(module._modules.values() for module in modules))
     tensors = chain.from_iterable(chain(module._parameters.values(), module._buffers.values()) for module in modules)
-    programs = tuple(module.__dict__[CONFIG].current(module) for module in modules if isinstance(module, FusedBackbone))
+    programs = tuple(module.__dict__[STATE].current(module) for module in modules if isinstance(module, FusedBackbone))
     return programs, children, tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
 
 

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from . import algebra, ops
-from .recognise import HOOKS, BackbonePlan, BlockPlan, EmbedPlan, HeadPlan, NormPlan, StagePlan, child
+from .modules import HOOKS, STATE, Backbone, child, original_class
+from .plan import BackbonePlan, BlockPlan, EmbedPlan, HeadPlan, NormPlan, StagePlan, block_parameters
 
 TOLERANCE = 1e-9
 REMEMBERED = 256
@@ -35,7 +36,7 @@ def shadow(
     Buffers and plain tensor attributes are copied, floating-point ones to ``dtype``: a BatchNorm in training mode
     writes to its statistics. Hooks are left out. A patched module's shadow has its original class.
     """
-    cls = getattr(type(module), "_original_class", type(module))
+    cls = original_class(module)
     twin = cls.__new__(cls)
 
     def copied(value: Any) -> Any:
@@ -43,7 +44,7 @@ def shadow(
             return value
         return value.detach().to(dtype, copy=True) if value.is_floating_point() else value.detach().clone()
 
-    state = {name: copied(value) for name, value in module.__dict__.items() if name != "_riformer_kernels"}
+    state = {name: copied(value) for name, value in module.__dict__.items() if name != STATE}
     state |= {name: OrderedDict() for name in HOOKS}
     state["_buffers"] = {name: copied(value) for name, value in module._buffers.items()}
     state["_parameters"] = {
@@ -90,17 +91,9 @@ def _differs(found: Any, expected: torch.Tensor) -> bool:
 
 def _probe_block(block: nn.Module, plan: BlockPlan, generator: torch.Generator) -> str | None:
     twin, values = _hard(block, generator)
-    x = _tokens(plan.channels, generator, block.layer_scale_1.device)
+    x = _tokens(plan.channels, generator, _device(block))
     found = twin.forward(x)
-    first = "norm_reparam" if plan.deployed else "norm1"
-    affine = ("token_mixer.affine.weight", "token_mixer.affine.bias")
-    expected, _ = ops.block.reference(
-        x, algebra.moments_of(x), values["layer_scale_1"], values[f"{first}.weight"], values[f"{first}.bias"],
-        *(None if plan.deployed else values.get(name) for name in affine), plan.eps1,
-        values["norm2.weight"], values["norm2.bias"], plan.eps2,
-        values["mlp.fc1.weight"], values.get("mlp.fc1.bias"), values["mlp.fc2.weight"], values.get("mlp.fc2.bias"),
-        values["layer_scale_2"], plan.per_position, True,
-    )  # fmt: skip
+    expected, _ = ops.block.reference(x, algebra.moments_of(x), *block_parameters(plan, values.get))
     if _differs(found, expected):
         return f"forward of {type(block).__name__} (or of a module in it) does not compute a RIFormer block"
     return None
@@ -108,28 +101,31 @@ def _probe_block(block: nn.Module, plan: BlockPlan, generator: torch.Generator) 
 
 def _probe_norm(norm: nn.Module, plan: NormPlan, generator: torch.Generator) -> str | None:
     twin, values = _hard(norm, generator)
-    x = _tokens(plan.channels, generator, norm.weight.device)
+    x = _tokens(plan.channels, generator, _device(norm))
     found = twin.forward(x)
     expected = ops.norm.reference(
         x, algebra.moments_of(x), values["weight"], values["bias"], plan.eps, plan.per_position, torch.float64
     )
     if _differs(found, expected):
-        return f"forward of {type(norm).__name__} does not compute {'LayerNorm per position' if plan.per_position else 'GroupNorm(1)'}"
+        expected_norm = "LayerNorm per position" if plan.per_position else "GroupNorm(1)"
+        return f"forward of {type(norm).__name__} does not compute {expected_norm}"
     return None
 
 
 def _probe_embed(module: nn.Module, plan: EmbedPlan, generator: torch.Generator) -> str | None:
     twin, values = _hard(module, generator)
     size = (2, plan.in_channels, plan.kernel[0] + plan.stride, plan.kernel[1])
-    x = torch.randn(size, generator=generator, dtype=torch.float64).to(module.proj.weight.device)
+    x = torch.randn(size, generator=generator, dtype=torch.float64).to(_device(module))
     found = twin.forward(x)
     expected = nn.functional.conv2d(x, values["proj.weight"], values.get("proj.bias"), plan.stride, plan.padding)
-    return f"forward of {type(module).__name__} does not compute its convolution" if _differs(found, expected) else None
+    if _differs(found, expected):
+        return f"forward of {type(module).__name__} does not compute its convolution"
+    return None
 
 
 def _probe_head(head: nn.Module, plan: HeadPlan, generator: torch.Generator) -> str | None:
     twin, values = _hard(head, generator)
-    x = _tokens(plan.channels, generator, head.fc.weight.device)
+    x = _tokens(plan.channels, generator, _device(head))
     found = twin.forward((torch.zeros_like(x), x))
     if _differs(found, nn.functional.linear(x.mean((2, 3)), values["fc.weight"], values.get("fc.bias"))):
         return f"forward of {type(head).__name__} does not compute fc(mean of the last features)"
@@ -138,7 +134,7 @@ def _probe_head(head: nn.Module, plan: HeadPlan, generator: torch.Generator) -> 
 
 def _probe(module: nn.Module, plan: Any, ask: Callable[..., str | None]) -> str | None:
     """The answer for this combination of classes, sizes and settings, from memory if it was asked before."""
-    settings = tuple(value for field, value in vars(plan).items() if field not in ("name", "index", "kind"))
+    settings = tuple(value for field, value in vars(plan).items() if field not in ("name", "index", "role"))
     names = tuple((name, parameter.shape) for name, parameter in module.named_parameters())
     key = (ask.__name__, *(type(inner) for inner in module.modules()), settings, names)
     if key not in _answers:
@@ -146,7 +142,7 @@ def _probe(module: nn.Module, plan: Any, ask: Callable[..., str | None]) -> str 
         try:
             with (
                 torch.no_grad(),
-                torch.autocast(_device_type(module), enabled=False),
+                torch.autocast(_device(module).type, enabled=False),
                 torch.random.fork_rng(devices=[]),
             ):
                 answer = ask(module, plan, generator)
@@ -158,11 +154,11 @@ def _probe(module: nn.Module, plan: Any, ask: Callable[..., str | None]) -> str 
     return _answers[key]
 
 
-def _device_type(module: nn.Module) -> str:
-    return next(module.parameters()).device.type
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
-def refusals(backbone: nn.Module, plan: BackbonePlan) -> dict[str, str]:
+def refusals(backbone: Backbone, plan: BackbonePlan) -> dict[str, str]:
     """Name and reason of the parts that have the structure but not the expected ``forward``."""
     refused: dict[str, str] = {}
 
@@ -173,11 +169,11 @@ def refusals(backbone: nn.Module, plan: BackbonePlan) -> dict[str, str]:
                 refused[part.name] = reason
 
     record(plan.stem, backbone.patch_embed, _probe_embed)
-    for item, module in zip(plan.network, backbone.network):
+    for item, module in zip(plan.network, backbone.network, strict=True):
         if not isinstance(item, StagePlan):
             record(item, module, _probe_embed)
         elif item.reason is None:
-            for block, inner in zip(item.blocks, module):
+            for block, inner in zip(item.blocks, module, strict=True):
                 record(block, inner, _probe_block)
     for norm in plan.norms:
         if norm.reason is None:

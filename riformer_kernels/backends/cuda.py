@@ -101,5 +101,5 @@ BACKEND = Backend(
     unusable=unusable,
     detail=_devices.current,
     refuses=why_not_device,
-    **overloads(CUDA_NAMESPACE, ops.ALL),
+    ops=overloads(CUDA_NAMESPACE, ops.ALL),
 )

@@ -17,7 +17,8 @@ from support_paths import ROOT
 from torch import nn
 
 from riformer_kernels import BackendError, backends, patch, unpatch
-from riformer_kernels.fused import CONFIG, FusedBackbone
+from riformer_kernels.fused import FusedBackbone
+from riformer_kernels.modules import STATE
 
 
 def test_a_deepcopy_uses_its_own_weights(model, make, images, backend, count_ops):
@@ -40,7 +41,7 @@ def test_a_deepcopy_uses_its_own_weights(model, make, images, backend, count_ops
 def test_copy_copy(model, images, backend):
     patch(model, backend=backend)
     twin = copy.copy(model)
-    assert vars(twin)[CONFIG] is not vars(model)[CONFIG]
+    assert vars(twin)[STATE] is not vars(model)[STATE]
     with torch.inference_mode():
         assert torch.equal(twin(images), model(images))
     unpatch(twin)

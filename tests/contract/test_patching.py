@@ -10,7 +10,8 @@ from torch import nn
 
 import riformer_kernels
 from riformer_kernels import BackendError, InputError, PatchError, VerificationError, backends, patch, unpatch
-from riformer_kernels.fused import CONFIG, FusedBackbone
+from riformer_kernels.fused import FusedBackbone
+from riformer_kernels.modules import STATE
 
 
 def snapshot(model: nn.Module) -> tuple:
@@ -61,7 +62,7 @@ def test_restore_gives_back_the_very_same(model, images, backend):
         assert snapshot(model) != before
         handle.restore()
         assert snapshot(model) == before
-        assert type(model) is RIFormer and CONFIG not in vars(model) and not handle.active
+        assert type(model) is RIFormer and STATE not in vars(model) and not handle.active
         assert torch.equal(model(images), expected)
         handle.restore()
         assert snapshot(model) == before
@@ -105,9 +106,9 @@ def test_context_manager_restores_also_after_an_exception(model, backend):
 
 def test_patching_twice_is_idempotent(model, images, backend):
     first = patch(model, backend=backend)
-    cls, config = type(model), vars(model)[CONFIG]
+    cls, state = type(model), vars(model)[STATE]
     with patch(model, backend=backend) as second:
-        assert type(model) is cls and vars(model)[CONFIG] is config
+        assert type(model) is cls and vars(model)[STATE] is state
         assert second.report == first.report and second.verification == first.verification
     assert first.active, "leaving an inner `with` does not undo the outer patch"
     second.restore()
@@ -200,10 +201,10 @@ def test_verification_error_restores(model, backend, monkeypatch):
     plain = backends.ALL[backend]
 
     def broken(*arguments):
-        out, moments = plain.block(*arguments)
+        out, moments = plain.ops["block"](*arguments)
         return out * 1.01, moments
 
-    monkeypatch.setitem(backends.ALL, backend, dataclasses.replace(plain, block=broken))
+    monkeypatch.setitem(backends.ALL, backend, dataclasses.replace(plain, ops={**plain.ops, "block": broken}))
     before = snapshot(model)
     with pytest.raises(VerificationError, match="network.0.0"):
         patch(model, backend=backend)

@@ -10,12 +10,13 @@ from riformer.model import Affine, Mlp, RIFormer, RIFormerBlock
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from riformer_kernels import probe, recognise
+from riformer_kernels import plan, probe, recognise
+from riformer_kernels.block_kind import DEPLOYED
 
 
 def reasons(model: nn.Module, multiple: int = 8) -> dict[str, str]:
-    plan = recognise.describe(model, multiple)
-    return plan.refuse(probe.refusals(model, plan)).reasons()
+    found = recognise.describe(model, multiple)
+    return found.refuse(probe.refusals(model, found)).reasons()
 
 
 def test_a_healthy_model_has_no_reason(make):
@@ -26,12 +27,12 @@ def test_a_healthy_model_has_no_reason(make):
 
 def test_the_plan_is_what_the_model_is(make):
     model = make(num_classes=4, deploy=True, norm="ln", norm_eps=1e-6)
-    plan = recognise.describe(model)
-    assert plan.stem == recognise.EmbedPlan("patch_embed", "stem", 3, 16, (7, 7), 4, 2, None)
-    assert plan.network[1] == recognise.EmbedPlan("network.1", "downsample", 16, 32, (3, 3), 2, 1, None)
-    assert plan.network[2].blocks[1] == recognise.BlockPlan("network.2.1", 32, 128, True, True, 1e-6, 1e-6, None)
-    assert plan.norms == (recognise.NormPlan("norm6", 6, 64, True, 1e-6, None),)
-    assert plan.head == recognise.HeadPlan("head", 64, 4, None)
+    found = recognise.describe(model)
+    assert found.stem == plan.EmbedPlan("patch_embed", "stem", 3, 16, (7, 7), 4, 2, None)
+    assert found.network[1] == plan.EmbedPlan("network.1", "downsample", 16, 32, (3, 3), 2, 1, None)
+    assert found.network[2].blocks[1] == plan.BlockPlan("network.2.1", DEPLOYED, 32, 128, True, 1e-6, 1e-6, None)
+    assert found.norms == (plan.NormPlan("norm6", 6, 64, True, 1e-6, None),)
+    assert found.head == plan.HeadPlan("head", 64, 4, None)
     assert not recognise.describe(make()).network[0].blocks[0].per_position
 
 

@@ -74,6 +74,17 @@ class BlockChoice:
     expand: MatrixTile | None = None
     project: MatrixTile | None = None
 
+    @property
+    def rows(self) -> int:
+        """Positions of a tile of the kernel that writes the result, and with it the moments of its tiles."""
+        return self.fused.rows if self.fused is not None else self.two_kernels[1].rows
+
+    @property
+    def two_kernels(self) -> tuple[MatrixTile, MatrixTile]:
+        """``expand`` and ``project``, where ``fused`` is None."""
+        assert self.expand is not None and self.project is not None, self
+        return self.expand, self.project
+
 
 @dataclass(frozen=True)
 class EmbedProblem:
