@@ -33,8 +33,8 @@ import peers
 import tables
 import torch
 from progress import Progress
+from riformer_cli.bench import threads
 
-from riformer_kernels.cli.bench import threads
 from riformer_kernels.errors import BackendError
 
 SCHEMA = 2

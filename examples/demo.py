@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 try:
     import riformer
     import torch
+    from riformer_cli._output import table
     from torch import Tensor, nn
 
     import riformer_kernels
     from riformer_kernels import numerics
-    from riformer_kernels.cli._output import table
 except ModuleNotFoundError as error:
     sys.exit(f"demo: error: {error.name} is not installed. Run: make demo (or pip install 'riformer-kernels[demo]')")
 

@@ -13,10 +13,9 @@ import pytest
 import riformer
 import torch
 from PIL import Image
+from riformer_cli import _images, _output, main
 from support_cli import EXACT, checkpoint, photos, pixels, probabilities, softmax, tiny  # noqa: F401
 from support_riformer import one_thread  # noqa: F401
-
-from riformer_kernels.cli import _images, _output, main
 
 
 def test_predict_is_the_model_on_the_pixels(

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from riformer_cli import info
 from support_processes import check, started
 
 import riformer_kernels
 from riformer_kernels import BackendError, backends, ops
 from riformer_kernels.backends import _devices, cuda, triton
-from riformer_kernels.cli import info
 
 EMULATED = Path(__file__).resolve().parent / "emulated"
 FILES = sorted(EMULATED.glob("emulated_*.py"))
