@@ -103,7 +103,10 @@ def why_no_cuda(wish: str) -> str | None:
     import torch
 
     if wish == "auto" and torch.version.cuda is None:
-        return f"PyTorch {torch.__version__}, which was installed at the time, has no CUDA (RIFORMER_CUDA=on builds it all the same)"
+        return (
+            f"PyTorch {torch.__version__}, which was installed at the time, has no CUDA (RIFORMER_CUDA=on builds it "
+            "all the same)"
+        )
     found = nvcc()
     if found is None:
         reason = "nvcc was not found (looked at CUDACXX, CUDA_HOME, the path and /usr/local/cuda)"

@@ -23,7 +23,11 @@ from .modules import STATE, Backbone
 from .patch_state import PatchState, traced_plan, traced_warning
 from .program import Program, TracedProgram
 
-_Base = Backbone if TYPE_CHECKING else object  # at run time the second base class brings nn.Module
+# At run time the class that a mixin stands in front of is the one that brings nn.Module.
+if TYPE_CHECKING:
+    _Base = Backbone
+else:
+    _Base = object
 
 
 class FusedBackbone(_Base):

@@ -1,4 +1,4 @@
-"""The plan of a backbone: for each part what it computes and, if it cannot be fused, why not. Plain data, no modules."""
+"""The plan of a backbone: what each part computes and, where it cannot be fused, why not. Plain data, no modules."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ class BlockPlan:
 def block_parameters(plan: BlockPlan, read: Callable[[str], Any]) -> BlockParameters:
     """The parameters of a block's op; ``read(path)`` gives the tensor that the block keeps at a path."""
     assert plan.kind is not None, "only a block of a known kind has parameters"
-    tensors = {name: None if path is None else read(path) for name, path in tensor_paths(plan.kind).items()}
+    tensors: dict[str, Any] = {
+        name: None if path is None else read(path) for name, path in tensor_paths(plan.kind).items()
+    }
     return BlockParameters(**tensors, eps1=plan.eps1, eps2=plan.eps2, per_position=plan.per_position, residual=True)
 
 

@@ -127,9 +127,11 @@ class TracedProgram:
     def dropping(self, index: int, position: int, plan: BlockPlan) -> bool:
         """Whether a dropout is active. Asked in the traced code, so that ``train()`` after compiling compiles anew."""
         block = self.backbone.network[index][position]
+        assert plan.kind is not None
         drops = [reach(block, path) for path in plan.kind.drops if child(block, path) is not None]
-        # A list, as torch.compile of the oldest torch that is served follows no generator.
-        return any([drop.training and bool(getattr(drop, "p", 0) or getattr(drop, "drop_prob", 0)) for drop in drops])
+        rates = [getattr(drop, "p", 0) or getattr(drop, "drop_prob", 0) for drop in drops if drop.training]
+        return any(map(bool, rates))
 
     def requires_grad(self) -> bool:
-        return any([parameter.requires_grad for parameter in self.backbone.parameters()])
+        wanted = [parameter.requires_grad for parameter in self.backbone.parameters()]
+        return any(wanted)

@@ -36,7 +36,7 @@ def why_not_backbone(module: nn.Module) -> str | None:
 
 
 def find(model: nn.Module) -> list[tuple[str, Backbone]]:
-    """All RIFormer backbones in a module, each once, as (dotted name, module); the module itself has the name ``""``."""
+    """All RIFormer backbones in a module, each once, as (dotted name, module). The module's own name is ``""``."""
     return [
         (name, cast("Backbone", module)) for name, module in model.named_modules() if why_not_backbone(module) is None
     ]
@@ -111,7 +111,7 @@ def _norm(module: nn.Module, name: str, channels: int) -> tuple[bool, float, str
     elif isinstance(module, nn.LayerNorm):
         if type(module).forward is nn.LayerNorm.forward:
             return True, module.eps, f"{name} is a plain nn.LayerNorm, which normalises the width of NCHW, not channels"
-        found, per_position = module.normalized_shape[0] if len(module.normalized_shape) == 1 else None, True
+        found, per_position = module.normalized_shape[0] if len(module.normalized_shape) == 1 else 0, True
     else:
         return False, 0.0, f"{name} is {kind}; only GroupNorm with one group and LayerNorm over channels can be fused"
     if found != channels:
@@ -124,7 +124,10 @@ def _norm(module: nn.Module, name: str, channels: int) -> tuple[bool, float, str
 def _width_reason(channels: int, multiple: int, what: str = "channels") -> str | None:
     if channels % multiple == 0:
         return None
-    return f"{channels} {what}: the native kernels need a multiple of {multiple}; use backend='reference' for plain PyTorch"
+    return (
+        f"{channels} {what}: the native kernels need a multiple of {multiple}; "
+        "use backend='reference' for plain PyTorch"
+    )
 
 
 def _dropping(module: nn.Module | None, name: str) -> str | None:
@@ -134,7 +137,7 @@ def _dropping(module: nn.Module | None, name: str) -> str | None:
     if isinstance(module, nn.Dropout):
         rate = module.p
     elif "drop_prob" in module.__dict__:
-        rate = module.drop_prob or 0.0
+        rate = module.__dict__["drop_prob"] or 0.0
     else:
         return f"{name} is {type(module).__name__}, expected Dropout, DropPath or Identity"
     if rate > 0 and module.training:
@@ -216,7 +219,8 @@ def _describe_embed(module: nn.Module, name: str, role: str, multiple: int) -> E
         elif conv.stride != (stride, stride) or conv.padding != (padding, padding):
             reason = f"proj has stride {conv.stride} and padding {conv.padding}, expected square ones"
     reason = reason or _width_reason(conv.out_channels, multiple)
-    return EmbedPlan(name, role, conv.in_channels, conv.out_channels, conv.kernel_size, stride, padding, reason)
+    kernel = (conv.kernel_size[0], conv.kernel_size[1])
+    return EmbedPlan(name, role, conv.in_channels, conv.out_channels, kernel, stride, padding, reason)
 
 
 def _describe_head(backbone: Backbone, last: NormPlan | None) -> HeadPlan | None:
@@ -231,10 +235,13 @@ def _describe_head(backbone: Backbone, last: NormPlan | None) -> HeadPlan | None
         reason = f"fc is {type(fc).__name__}, whose forward is not nn.Linear's"
     if reason is None and (len(head._modules) != 1 or any(True for _ in head.parameters(recurse=False))):
         reason = f"head has more than 'fc': {', '.join(head._modules)}"
-    if reason is None and (last is None or last.reason is not None):
-        reason = "the norm before it is not fused" if last else "the last position is not in out_indices"
-    if reason is None and fc.in_features != last.channels:
-        reason = f"fc has {fc.in_features} inputs, expected {last.channels}"
+    if reason is None and last is None:
+        reason = "the last position is not in out_indices"
+    if reason is None and last is not None:
+        if last.reason is not None:
+            reason = "the norm before it is not fused"
+        elif fc.in_features != last.channels:
+            reason = f"fc has {fc.in_features} inputs, expected {last.channels}"
     return HeadPlan("head", fc.in_features, fc.out_features, reason)
 
 

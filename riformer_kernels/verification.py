@@ -118,15 +118,16 @@ class Verification:
         return lines + ([f"  note: {self.note}"] if self.note and not failed_only else [])
 
 
-def verify(backbone: Backbone) -> Verification:
+def verify(module: nn.Module) -> Verification:
     """Compare a patched backbone with its original forward.
 
     Leaves no trace: RNG state, training flags, gradients, buffers, parameters and their versions stay as they are, and
     the user's hooks do not fire.
 
     Args:
-        backbone: a patched module (``riformer_kernels.fused.FusedBackbone``).
+        module: a patched backbone (``riformer_kernels.fused.FusedBackbone``).
     """
+    backbone = cast("Backbone", module)
     state: PatchState = backbone.__dict__[STATE]
     program = state.current(backbone)
     lead = program.lead()

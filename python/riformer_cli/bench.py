@@ -126,7 +126,8 @@ def _variants(
     import riformer_kernels
 
     plain = copy.deepcopy(model).to(torch_dtype(name))
-    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    last: Any = copy.deepcopy(plain)
+    last.to(memory_format=torch.channels_last)
     patched = copy.deepcopy(plain)
     advance(0, f"{name}: verifying")
     # Raises VerificationError, exit 1, before anything is timed.
@@ -137,7 +138,7 @@ def _variants(
         _Variant(PATCHED, patched, False, served_by(handle)),
     ]
     if arguments.compile:
-        options = {"max_autotune": True, "freezing": True}
+        options: dict[str, Any] = {"max_autotune": True, "freezing": True}
         compiled = torch.compile(copy.deepcopy(last), options=options, dynamic=False)
         found.insert(2, _Variant("torch.compile", compiled, True, "PyTorch, max-autotune, freezing"))
     return found

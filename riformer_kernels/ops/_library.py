@@ -1,9 +1,9 @@
 """How an op is registered: schema, fake, plain-PyTorch reference, gradient.
 
-An op is defined once and registered in several namespaces, as one dispatch key of one namespace has room for one kernel:
-``riformer`` has the CPU's and Triton's, ``riformer_cuda`` those in CUDA C++. The schemas live in Python so that they
-exist without a compiler; a native library adds its kernels for its own dispatch key. An op without a native kernel on
-a device fails there with PyTorch's own "not implemented for this backend" error: the reference is never a silent
+An op is defined once and registered in several namespaces, as one dispatch key of one namespace has room for one
+kernel: ``riformer`` has the CPU's and Triton's, ``riformer_cuda`` those in CUDA C++. The schemas live in Python so that
+they exist without a compiler; a native library adds its kernels for its own dispatch key. An op without a kernel on a
+device fails there with PyTorch's own "not implemented for this backend" error, as the reference is never a silent
 substitute. Whoever wants the reference asks for it by name (``backend="reference"``).
 """
 
@@ -116,7 +116,7 @@ def _register_recomputed_gradient(
                 arguments[index] = leaf
             return reference(*arguments)
 
-        outputs, pullback = torch.func.vjp(recompute, *(inputs[index] for index in wanted))
+        outputs, pullback = torch.func.vjp(recompute, *(inputs[index] for index in wanted))[:2]
         if isinstance(outputs, torch.Tensor):
             cotangents: Any = _filled(grad_outputs[0], outputs)
         else:

@@ -67,7 +67,8 @@ def reference(x: torch.Tensor, moments: torch.Tensor | None, *parameters: Any) -
         tokens like ``x``, and their moments [B, 2, C] float32 ([B, 2, 0] with ``per_position``, where none are needed).
     """
     work = working_dtype(x.dtype)
-    p = BlockParameters(*[value.to(work) if isinstance(value, torch.Tensor) else value for value in parameters])
+    values: list[Any] = [value.to(work) if isinstance(value, torch.Tensor) else value for value in parameters]
+    p = BlockParameters(*values)
     y = x.to(work)
     count = x.shape[2] * x.shape[3]
     moments = None if moments is None else moments.to(work)

@@ -90,7 +90,7 @@ def test_compiled_weights_are_not_stale(make, images, backend):
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         compiled(images)
-        for mine, theirs in zip(model.parameters(), other.parameters()):
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
             mine.data.copy_(theirs.data)
         assert close(compiled(images), other(images))
 
@@ -107,7 +107,9 @@ def test_compiled_with_gradients_due(make, images, backend):
         result = compiled(images)
     assert result.requires_grad and any("inference_mode" in str(entry.message) for entry in seen)
     result.sum().backward()
-    assert all(torch.allclose(p.grad, wanted, atol=1e-4) for p, wanted in zip(model.parameters(), expected))
+    assert all(
+        torch.allclose(p.grad, wanted, atol=1e-4) for p, wanted in zip(model.parameters(), expected, strict=True)
+    )
     with torch.no_grad():
         assert close(compiled(images), result)
 
@@ -134,7 +136,7 @@ def test_a_hook_before_compiling_is_in_the_graph(make, images, backend, graphs):
     model.network[2][0].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
     with torch.no_grad():
         expected = model(images)
-        patch(model, backend=backend, strict=False)
+        patch(model, backend=backend, strict=True)
         assert close(torch.compile(model, fullgraph=True, backend=graphs)(images), expected)
     assert ops_in(graphs.kept[0]) == ["embed", "block", "embed", "moments", "block", "head"]
 

@@ -91,7 +91,7 @@ def test_a_pickle_where_the_backend_is_unusable(model, backend, monkeypatch):
     data = pickle.dumps(model)
     gone = dataclasses.replace(backends.ALL[backend], unusable=lambda: "not built: no compiler")
     monkeypatch.setitem(backends.ALL, backend, gone)
-    with pytest.raises(BackendError, match="saved while patched.*not built.*unpatch"):
+    with pytest.raises(BackendError, match=r"saved while patched.*not built.*unpatch"):
         pickle.loads(data)
 
 
@@ -152,9 +152,7 @@ def test_threads(make, backend):
         start.wait()
         try:
             with torch.inference_mode():
-                for _ in range(10):
-                    if not close(model(batches[index]), expected[index]):
-                        wrong.append(index)
+                wrong.extend(index for _ in range(10) if not close(model(batches[index]), expected[index]))
         except Exception as error:
             wrong.append(error)
 

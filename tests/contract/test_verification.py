@@ -161,7 +161,7 @@ def test_broken_stem_norm_and_head_are_found(make, backend, broken):
     for name, function in cases.items():
         broken(**{name: function})
         model = make(num_classes=10)
-        with pytest.raises(VerificationError, match="norm6|head"):
+        with pytest.raises(VerificationError, match=r"norm6|head"):
             patch(model, backend=backend)
         broken(**{name: plain.ops[name]})
         assert patch(model, backend=backend).verification[""].passed
@@ -190,7 +190,7 @@ def test_no_trace(make, backend):
     state = copy.deepcopy(model.state_dict())
     versions = [(id(value), value._version) for value in (*model.parameters(), *model.buffers())]
     rng = torch.get_rng_state()
-    handle = patch(model, backend=backend, strict=False)
+    handle = patch(model, backend=backend, strict=True)
     assert torch.equal(torch.get_rng_state(), rng) and seen == []
     assert [module.training for module in model.modules()] == flags
     assert [(id(value), value._version) for value in (*model.parameters(), *model.buffers())] == versions
@@ -201,7 +201,7 @@ def test_no_trace(make, backend):
 
 def test_active_dropout_is_noted(make, backend):
     model = make(drop_path_rate=0.5).train()
-    result = patch(model, backend=backend, strict=False).verification[""]
+    result = patch(model, backend=backend, strict=True).verification[""]
     assert result.network == () and "dropout is active in 7" in result.note and len(result.branches) == 1
 
 
@@ -212,7 +212,7 @@ def test_larger_strides_get_a_larger_image(make, backend):
 
 
 def test_repetition_on_chance(make, backend, monkeypatch):
-    """What exceeds a limit on one batch is repeated on five more, and fails if together and mostly singly they exceed."""
+    """What exceeds a limit on one batch is repeated on five more. It fails if they exceed together and mostly alone."""
     seeds = []
     plain = verification._seeded
     monkeypatch.setattr(

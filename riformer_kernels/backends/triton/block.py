@@ -3,9 +3,9 @@
     y = x + u xc + w,  z = P xc + Q          xc = x - mu1; the maps are made by ``block_maps``
     out = y + ls2 * (W2 gelu(W1 z + b1) + b2)
 
-Either ``_fused_kernel``, whose hidden tensor stays on the chip, or ``_expand_kernel`` and ``_project_kernel``, with it in
-memory. Both leave the moments of each tile, which ``moments.merge`` puts together in a fixed order. A tile reads and
-writes its own rows alone, so the result may lie over ``x``. Tiles end where an image does.
+There are two variants. ``_fused_kernel`` keeps the hidden tensor on the chip. ``_expand_kernel`` writes it to memory,
+and ``_project_kernel`` reads it. Both leave the moments of each tile, which ``moments.merge`` puts together in a fixed
+order. A tile reads and writes its own rows alone, so the result may lie over ``x``. Tiles end where an image does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ import triton.language as tl
 
 from ...ops.block import BlockParameters
 from . import choice
-from ._launch import architecture_of, as_tokens, in_layout_of, launch, matrix, precision, result_like, vector
+from ._launch import (
+    architecture_of,
+    as_tokens,
+    dense_moments,
+    in_layout_of,
+    launch,
+    matrix,
+    precision,
+    result_like,
+    vector,
+)  # fmt: skip
 from ._math import add_product, gelu, store_tile_moments
 from .block_maps import block_maps
 from .moments import merge, tile_moments
@@ -304,8 +314,8 @@ def _compute(
         expand, project = chosen.two_kernels
         between = torch.empty((batch, positions, hidden), dtype=x.dtype, device=device)
         programs = batch * triton.cdiv(positions, expand.rows) * triton.cdiv(hidden, expand.columns)
-        launch(_expand_kernel, programs, device, x, between, maps, statistics, fc1_weight, fc1_bias, positions, **shared,
-               ROWS=expand.rows, COLUMNS=expand.columns, DEPTH=expand.depth, STAGES=expand.stages,
+        launch(_expand_kernel, programs, device, x, between, maps, statistics, fc1_weight, fc1_bias, positions,
+               **shared, ROWS=expand.rows, COLUMNS=expand.columns, DEPTH=expand.depth, STAGES=expand.stages,
                num_warps=expand.warps)  # fmt: skip
         launch(_project_kernel, tiles * triton.cdiv(channels, project.columns), device, between, x, out, partials, maps,
                statistics, fc2_weight, fc2_bias, layer_scale_2, positions, **shared, ROWS=project.rows,
@@ -314,15 +324,11 @@ def _compute(
     return None if partials is None else merge(partials, positions, chosen.rows, out_moments)
 
 
-def _dense_moments(moments: torch.Tensor | None) -> torch.Tensor | None:
-    return None if moments is None else moments.to(torch.float32).contiguous()
-
-
 def block(x: torch.Tensor, moments: torch.Tensor | None, *parameters: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """``riformer::block``, see ``riformer_kernels.ops.block``."""
     p = BlockParameters(*parameters)
     tokens, out = as_tokens(x), result_like(x, x.dtype)
-    found = _compute(tokens, out, _dense_moments(moments), None, p) if x.shape[0] else None
+    found = _compute(tokens, out, None if p.per_position else dense_moments(moments), None, p) if x.shape[0] else None
     if found is None:
         found = torch.empty((x.shape[0], 2, 0 if p.per_position else x.shape[1]), dtype=torch.float32, device=x.device)
     return in_layout_of(out, x), found
@@ -333,9 +339,9 @@ def block_(x: torch.Tensor, moments: torch.Tensor | None, *parameters: Any) -> N
     if not x.shape[0]:
         return
     p = BlockParameters(*parameters)
-    tokens, dense = as_tokens(x), _dense_moments(moments)
-    _compute(tokens, tokens, dense, None if p.per_position else dense, p)
+    tokens, dense = as_tokens(x), None if p.per_position else dense_moments(moments)
+    _compute(tokens, tokens, dense, dense, p)
     if tokens.data_ptr() != x.data_ptr():
         x.copy_(tokens)
-    if moments is not None and dense is not None and not p.per_position and dense.data_ptr() != moments.data_ptr():
+    if moments is not None and dense is not None and dense.data_ptr() != moments.data_ptr():
         moments.copy_(dense)

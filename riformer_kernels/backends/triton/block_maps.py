@@ -128,8 +128,8 @@ def block_maps(
     """The maps of a block on channels-last ``x`` [B, C, H, W] with ``moments`` [B, 2, C].
 
     Returns:
-        float32 [B, 5, C] (u, w, P, Q, and mu1 in every place) and None; with ``per_position`` [1, 5, C] (u = ls1 gamma1',
-        w = ls1 beta1', P = gamma2, Q = beta2) and the statistics [B, N, 4] of each position.
+        float32 [B, 5, C] (u, w, P, Q, and mu1 in every place) and None. With ``per_position`` [1, 5, C]
+        (u = ls1 gamma1', w = ls1 beta1', P = gamma2, Q = beta2) and the statistics [B, N, 4] of each position.
     """
     batch, channels, height, width = x.shape
     positions, device = height * width, x.device

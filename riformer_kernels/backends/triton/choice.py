@@ -45,7 +45,7 @@ class BlockProblem:
 
 @dataclass(frozen=True)
 class MatrixTile:
-    """One matrix kernel: ``rows`` x ``columns`` of the result, ``depth`` of the sum at a time, warps, pipeline stages."""
+    """One matrix kernel: ``rows`` x ``columns`` of the result, ``depth`` terms of the sum at a time."""
 
     rows: int
     columns: int
@@ -88,11 +88,10 @@ class BlockChoice:
 
 @dataclass(frozen=True)
 class EmbedProblem:
-    """A convolution: N output positions per image of C channels, each a sum over ``in_channels`` x ``taps``."""
+    """A convolution to N output positions per image of C channels."""
 
     in_channels: int
     channels: int
-    taps: int
     positions: int
     dtype: torch.dtype
     architecture: int
