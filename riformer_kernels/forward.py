@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .backends import Backend
+from .block_kind import BlockKind, first_half
 from .errors import InputError
 from .modules import Backbone
 from .ops._library import memory_format_of
@@ -97,10 +98,7 @@ class ForwardPass:
         """Run an original module on ``x``. A hook may keep what it saw or returned, so the tokens are not owned."""
         with self.outer():
             out = module(x.to(self.program.lead().dtype))
-        self._hold(out)
-
-    def _hold(self, tokens: torch.Tensor) -> None:
-        self.tokens = _dense(tokens.to(self.dtype))
+        self.tokens = _dense(out.to(self.dtype))
         self.moments, self.owned = None, False
 
     def embed(self, plan: EmbedPlan, module: nn.Module, x: torch.Tensor, moments: bool) -> None:
@@ -118,11 +116,23 @@ class ForwardPass:
             self.moments = self.ops["moments"](self.tokens)
         return self.moments
 
+    def first_half(self, kind: BlockKind, module: nn.Module) -> None:
+        """Run a block's own modules up to y, for a kind whose first half the op does not compute."""
+        with self.outer():
+            y = first_half(kind, module, self.tokens.to(self.program.lead().dtype))
+        self.tokens = _dense(y.to(self.dtype))
+        self.moments, self.owned = None, True
+
     def block(self, plan: BlockPlan, module: nn.Module, index: int, position: int) -> None:
+        """Block ``position`` of the stage at ``index`` of the network."""
         traced = self.traced
         if plan.reason is not None or (traced is not None and traced.dropping(index, position, plan)):
             self.module(module, self.tokens)
             return
+        kind = plan.kind
+        assert kind is not None, "a block of no known kind has a reason"
+        if not kind.fuses_first_half:
+            self.first_half(kind, module)
         parameters = self.program.block(index, position, plan)
         moments = None if plan.per_position else self.moments_of_tokens()
         if self.owned and traced is None:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from . import algebra, ops
+from .block_kind import first_half
 from .modules import HOOKS, STATE, Backbone, child, original_class
 from .plan import BackbonePlan, BlockPlan, EmbedPlan, HeadPlan, NormPlan, StagePlan, block_parameters
 
@@ -93,7 +94,9 @@ def _probe_block(block: nn.Module, plan: BlockPlan, generator: torch.Generator) 
     twin, values = _hard(block, generator)
     x = _tokens(plan.channels, generator, _device(block))
     found = twin.forward(x)
-    expected, _ = ops.block.reference(x, algebra.moments_of(x), *block_parameters(plan, values.get))
+    assert plan.kind is not None
+    start = x if plan.kind.fuses_first_half else first_half(plan.kind, twin, x)
+    expected, _ = ops.block.reference(start, algebra.moments_of(start), *block_parameters(plan, values.get))
     if _differs(found, expected):
         return f"forward of {type(block).__name__} (or of a module in it) does not compute a RIFormer block"
     return None

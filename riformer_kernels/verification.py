@@ -271,16 +271,19 @@ def _branch_of(
     block: nn.Module, plan: BlockPlan, parameters: BlockParameters, backend: Backend, dtype: torch.dtype
 ) -> Iterator[Comparison]:
     kind = plan.kind
-    assert kind is not None and parameters.layer_scale_1 is not None
-    ones = torch.ones_like(parameters.layer_scale_1)
-    parameters = parameters._replace(layer_scale_1=ones, layer_scale_2=None, residual=False)
+    assert kind is not None
+    ones = torch.ones_like(parameters.norm2_weight)
+    scale = ones if kind.fuses_first_half else None
+    parameters = parameters._replace(layer_scale_1=scale, layer_scale_2=None, residual=False)
     eager_twin, golden_twin = in_dtype(block, dtype), in_dtype(block, torch.float64)
 
     def sample(seed: int) -> list[Triple]:
         x = _seeded((BATCH, plan.channels, *BRANCH_POSITIONS), seed, ones, dtype)
-        moments = None if plan.per_position else backend.ops["moments"](x)
-        ours, _ = backend.ops["block"](x, moments, *parameters)
-        eager = mlp_branch(kind, eager_twin, x + mixed(kind, eager_twin, x))
+        y = x + mixed(kind, eager_twin, x)
+        start = x if kind.fuses_first_half else y
+        moments = None if plan.per_position else backend.ops["moments"](start)
+        ours, _ = backend.ops["block"](start, moments, *parameters)
+        eager = mlp_branch(kind, eager_twin, y)
         golden = mlp_branch(kind, golden_twin, x.double() + mixed(kind, golden_twin, x.double()))
         return [(ours, eager, golden)]
 

@@ -136,7 +136,7 @@ def test_a_hook_before_compiling_is_in_the_graph(make, images, backend, graphs):
     model.network[2][0].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
     with torch.no_grad():
         expected = model(images)
-        patch(model, backend=backend, strict=True)
+        patch(model, backend=backend, strict=False)
         assert close(torch.compile(model, fullgraph=True, backend=graphs)(images), expected)
     assert ops_in(graphs.kept[0]) == ["embed", "block", "embed", "moments", "block", "head"]
 

@@ -36,7 +36,7 @@ def test_a_hook_fires_with_the_originals_values(make, images, backend, path, whe
         assert close(run(model, images)[0], expected) and seen == []
         model.get_submodule(path).register_forward_hook(hook)
     else:
-        patched = patch(model, backend=backend, strict=True)
+        patched = patch(model, backend=backend, strict=False)
         assert seen == [], "verification is none of the user's batches"
     result, said = run(model, images)
     assert close(result, expected) and len(seen) == len(wanted) == (2 if path.endswith("drop_path") else 1)
@@ -53,7 +53,7 @@ def test_a_hooks_input_is_kept_intact(make, images, backend):
     model = make(num_classes=10)
     model.network[2][1].register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
     run(model, images)
-    patch(model, backend=backend, strict=True)
+    patch(model, backend=backend, strict=False)
     run(model, images)
     assert close(kept[1], kept[0])
 
@@ -64,7 +64,7 @@ def test_a_norm_hooks_input_is_kept_intact(make, images, backend):
     model = make(out_indices=(1, 6))
     model.norm1.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
     run(model, images)
-    patch(model, backend=backend, strict=True)
+    patch(model, backend=backend, strict=False)
     run(model, images)
     assert close(kept[1], kept[0])
 
@@ -84,7 +84,7 @@ def test_a_hook_that_changes_the_result_does(make, images, backend):
 def test_only_that_block_is_left(make, images, backend, count_ops):
     model = make(num_classes=10)
     model.network[2][0].mlp.fc1.register_forward_hook(lambda *args: None)
-    patch(model, backend=backend, strict=True)
+    patch(model, backend=backend, strict=False)
     with torch.no_grad():
         calls = count_ops(lambda: model(images))
     # The block after the unfused one reads what a hook may hold, so it writes to a new tensor.

@@ -60,7 +60,7 @@ def test_autocast_with_an_unfused_block(make, images, backend):
     model.network[2][0].mlp.register_forward_hook(lambda *args: None)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(images)
-        patch(model, backend=backend, strict=True)
+        patch(model, backend=backend, strict=False)
         found = model(images)
     assert found.dtype == expected.dtype and close(found.float(), expected.float(), 3e-2)
 

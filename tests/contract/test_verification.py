@@ -190,7 +190,7 @@ def test_no_trace(make, backend):
     state = copy.deepcopy(model.state_dict())
     versions = [(id(value), value._version) for value in (*model.parameters(), *model.buffers())]
     rng = torch.get_rng_state()
-    handle = patch(model, backend=backend, strict=True)
+    handle = patch(model, backend=backend, strict=False)
     assert torch.equal(torch.get_rng_state(), rng) and seen == []
     assert [module.training for module in model.modules()] == flags
     assert [(id(value), value._version) for value in (*model.parameters(), *model.buffers())] == versions
@@ -201,7 +201,7 @@ def test_no_trace(make, backend):
 
 def test_active_dropout_is_noted(make, backend):
     model = make(drop_path_rate=0.5).train()
-    result = patch(model, backend=backend, strict=True).verification[""]
+    result = patch(model, backend=backend, strict=False).verification[""]
     assert result.network == () and "dropout is active in 7" in result.note and len(result.branches) == 1
 
 
