@@ -257,7 +257,9 @@ def _fingerprint(modules: list[nn.Module]) -> tuple:
     """
     children = tuple(chain.from_iterable(module._modules.values() for module in modules))
     tensors = chain.from_iterable(chain(module._parameters.values(), module._buffers.values()) for module in modules)
-    programs = tuple(module.__dict__[STATE].current(module) for module in modules if isinstance(module, FusedBackbone))
+    programs = tuple(
+        module.__dict__[STATE].program_for(module) for module in modules if isinstance(module, FusedBackbone)
+    )
     return programs, children, tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
 
 

@@ -106,7 +106,7 @@ class ForwardPass:
         if plan.reason is not None:
             self.module(module, x)
             return
-        weight, bias = self.program.pair(plan.name)
+        weight, bias = self.program.weight_and_bias(plan.name)
         self.tokens, found = self.ops["embed"](x, weight, bias, plan.stride, plan.padding, self.dtype, moments)
         self.moments, self.owned = found if moments else None, True
 
@@ -153,14 +153,14 @@ class ForwardPass:
                 out = module(self.tokens.to(self.program.lead().dtype))
             self.owned = False
             return out.to(dtype)
-        weight, bias = self.program.pair(plan.name)
+        weight, bias = self.program.weight_and_bias(plan.name)
         moments = None if plan.per_position else self.moments_of_tokens()
         return self.ops["norm"](self.tokens, moments, weight, bias, plan.eps, plan.per_position, dtype)
 
     def head(self, plan: HeadPlan, norm: NormPlan, dtype: torch.dtype) -> torch.Tensor:
         """The logits; the last norm is part of the op."""
-        scale, shift = self.program.pair(norm.name)
-        weight, bias = self.program.pair(plan.name)
+        scale, shift = self.program.weight_and_bias(norm.name)
+        weight, bias = self.program.weight_and_bias(plan.name)
         moments = None if norm.per_position else self.moments_of_tokens()
         return self.ops["head"](self.tokens, moments, scale, shift, norm.eps, weight, bias, norm.per_position, dtype)
 
@@ -201,13 +201,13 @@ def run(backbone: Backbone, program: Program | TracedProgram, state: PatchState,
     _check(x, lead, plan, autocast)
     if not autocast:
         dtype = state.compute_dtype or lead.dtype
-        forward = ForwardPass(backbone, program, state.serving(lead.device, dtype), dtype, contextlib.nullcontext)
+        forward = ForwardPass(backbone, program, state.backend_for(lead.device, dtype), dtype, contextlib.nullcontext)
         return _steps(forward, plan, x, lead.dtype, lead.dtype)
     logits_dtype = torch.get_autocast_dtype(kind)
     features_dtype = torch.float32 if kind == "cuda" else lead.dtype
     dtype = state.compute_dtype or logits_dtype
     outer = lambda: torch.autocast(kind, dtype=logits_dtype)  # noqa: E731
-    forward = ForwardPass(backbone, program, state.serving(lead.device, dtype), dtype, outer)
+    forward = ForwardPass(backbone, program, state.backend_for(lead.device, dtype), dtype, outer)
     with torch.autocast(kind, enabled=False):
         return _steps(forward, plan, x, features_dtype, logits_dtype)
 

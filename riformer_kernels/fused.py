@@ -3,6 +3,9 @@
 ``adopt`` sets a backbone's ``__class__`` to a subclass of its own class with ``FusedBackbone`` in front. That survives
 deepcopy, pickle, DataParallel replicas and ``isinstance``; a closure or a bound method in ``module.forward`` does not.
 The only thing added to the instance is one ``PatchState`` in its ``__dict__``, which is no part of the state dict.
+
+A call goes from ``FusedBackbone.forward`` to ``forward.run``, which makes a ``ForwardPass`` of the module's program and
+a backend; each part of the network then is one call of an op, ``backend.ops[name]``.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class FusedBackbone(_Base):
         if torch.compiler.is_compiling():
             program = TracedProgram(self, traced_plan(state.number))
         else:
-            program = state.current(self)
+            program = state.program_for(self)
             if not state.expected.issuperset(program.reasons):
                 state.report_losses(program)
         if torch.is_grad_enabled() and ((isinstance(x, torch.Tensor) and x.requires_grad) or program.requires_grad()):

@@ -57,7 +57,7 @@ class PatchState:
         self._program: Program | None = None
         self._owner: weakref.ref[Backbone] | None = None
         self._warned: set[str] = set()
-        self._serving: dict[tuple[str, torch.dtype], backends.Backend] = {}
+        self._backends: dict[tuple[str, torch.dtype], backends.Backend] = {}
         self.number = next(_numbers)
         _states[self.number] = self
 
@@ -97,7 +97,7 @@ class PatchState:
     def multiple(self) -> int:
         return 1 if self.resolved == "reference" else NATIVE_MULTIPLE
 
-    def current(self, module: Backbone) -> Program:
+    def program_for(self, module: Backbone) -> Program:
         """The program for ``module`` as it is now; made anew when hooks, flags or submodules have changed."""
         program = self._program
         if program is None or not program.snapshot.holds(module):
@@ -111,14 +111,14 @@ class PatchState:
             self._program = program
         return program
 
-    def serving(self, device: torch.device, dtype: torch.dtype) -> backends.Backend:
+    def backend_for(self, device: torch.device, dtype: torch.dtype) -> backends.Backend:
         """The backend for tokens of this dtype: by device and dtype, as ``.to()`` may have moved the module."""
         if torch.compiler.is_compiling():
             return backends.ALL[_traced_backend(self.number, dtype)]
         key = (device.type, dtype)
-        if key not in self._serving:
-            self._serving[key] = backends.choose(self.backend, device, dtype)
-        return self._serving[key]
+        if key not in self._backends:
+            self._backends[key] = backends.choose(self.backend, device, dtype)
+        return self._backends[key]
 
     def warn_once(self, keys: list[str], message: str) -> None:
         """Warn unless everything in ``keys`` was warned about before."""
@@ -152,7 +152,7 @@ class PatchState:
 def traced_plan(number: int) -> BackbonePlan:
     """The plan of the module whose state has this number."""
     state = _states[number]
-    program = state.current(state.owner())
+    program = state.program_for(state.owner())
     state.report_losses(program)
     return program.plan
 

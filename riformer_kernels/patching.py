@@ -153,11 +153,11 @@ def _rows(prefix: str, backbone: Backbone) -> list[Row]:
     state: PatchState | None = backbone.__dict__.get(STATE)
     if state is None:
         return [Row(prefix, "stage", None, None, 0, 0, "restored: this backbone runs its original forward")]
-    program = state.current(backbone)
+    program = state.program_for(backbone)
     plan, lead = program.plan, program.lead()
     dtype = state.compute_dtype or lead.dtype
     try:
-        backend = state.serving(lead.device, dtype)
+        backend = state.backend_for(lead.device, dtype)
     except BackendError as error:
         return [Row(prefix, "stage", None, _short(dtype), 0, 0, str(error))]
     served = f"{backend.name} ({backend.detail()})"
@@ -265,7 +265,7 @@ def patch(
                 else:
                     adopt(backbone, _prepare(name, backbone, backend, compute_dtype))
                     own.append(backbone)
-            plans = {name: _state(backbone).current(backbone).plan for name, backbone in backbones}
+            plans = {name: _state(backbone).program_for(backbone).plan for name, backbone in backbones}
             _check_complete(plans, strict)
             for name, backbone in backbones:
                 state = _state(backbone)

@@ -6,13 +6,11 @@ parameters put in place of their own (layer scale near 0.5), and compared with t
 replace them. Tanh GELU, another eps, a per-position norm in place of GroupNorm or a changed ``forward`` differ by
 orders of magnitude more than float64 rounding. Answers are kept per combination of classes and sizes.
 
-Probes and verification run on a ``shadow`` of a module: the same classes and attributes with other tensors and without
-the user's hooks. The module itself is not touched, so other threads may go on using it.
+Probes run on a twin of the module (``twin.py``), so other threads may go on using the module itself.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -21,51 +19,17 @@ from torch import nn
 
 from . import algebra, ops
 from .block_kind import first_half
-from .modules import HOOKS, STATE, Backbone, child, original_class
+from .modules import Backbone, child
 from .plan import BackbonePlan, BlockPlan, EmbedPlan, HeadPlan, NormPlan, StagePlan, block_parameters
+from .twin import twin_of
 
 TOLERANCE = 1e-9
 REMEMBERED = 256
 _answers: dict[tuple, str | None] = {}
 
 
-def shadow(
-    module: nn.Module, change: Callable[[str, torch.Tensor], torch.Tensor], dtype: torch.dtype, prefix: str = ""
-) -> nn.Module:
-    """A module tree of the same classes and attributes, with ``change(name, parameter)`` in place of each parameter.
-
-    Buffers and plain tensor attributes are copied, floating-point ones to ``dtype``: a BatchNorm in training mode
-    writes to its statistics. Hooks are left out. A patched module's shadow has its original class.
-    """
-    cls = original_class(module)
-    twin = cls.__new__(cls)
-
-    def copied(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return value.detach().to(dtype, copy=True) if value.is_floating_point() else value.detach().clone()
-
-    state = {name: copied(value) for name, value in module.__dict__.items() if name != STATE}
-    state |= {name: OrderedDict() for name in HOOKS}
-    state["_buffers"] = {name: copied(value) for name, value in module._buffers.items()}
-    state["_parameters"] = {
-        name: None if value is None else change(prefix + name, value) for name, value in module._parameters.items()
-    }
-    state["_modules"] = {
-        name: None if inner is None else shadow(inner, change, dtype, f"{prefix}{name}.")
-        for name, inner in module._modules.items()
-    }
-    twin.__dict__ = state
-    return twin
-
-
-def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A shadow with parameters in ``dtype``, contiguous; they share memory with the module's where nothing changes."""
-    return shadow(module, lambda _, value: value.detach().to(dtype).contiguous(), dtype)
-
-
 def _hard(module: nn.Module, generator: torch.Generator) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A float64 shadow with random parameters, drawn on the CPU, and the parameters by name."""
+    """A float64 twin with random parameters, drawn on the CPU, and the parameters by name."""
     values = {}
 
     def draw(name: str, parameter: torch.Tensor) -> torch.Tensor:
@@ -74,7 +38,7 @@ def _hard(module: nn.Module, generator: torch.Generator) -> tuple[nn.Module, dic
         values[name] = value.to(parameter.device)
         return values[name]
 
-    return shadow(module, draw, torch.float64), values
+    return twin_of(module, draw, torch.float64), values
 
 
 def _tokens(channels: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:

@@ -84,7 +84,7 @@ class Program:
         """The stem's weight. Its dtype and device stand for the module's, and ``.to()`` may change them."""
         return self._lead[0][self._lead[1]]
 
-    def pair(self, name: str) -> list[Any]:
+    def weight_and_bias(self, name: str) -> list[Any]:
         """Weight and bias of a convolution, norm or linear layer of the plan."""
         return _fetch(self._pairs[name])
 
@@ -108,7 +108,7 @@ class TracedProgram:
     def lead(self) -> torch.Tensor:
         return self.backbone.patch_embed.proj.weight
 
-    def pair(self, name: str) -> list[Any]:
+    def weight_and_bias(self, name: str) -> list[Any]:
         backbone = self.backbone
         if name == "patch_embed":
             module = backbone.patch_embed.proj

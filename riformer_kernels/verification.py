@@ -31,8 +31,8 @@ from .modules import STATE, Backbone, original_class
 from .ops.block import BlockParameters
 from .patch_state import PatchState
 from .plan import BackbonePlan, BlockPlan, StagePlan
-from .probe import in_dtype
 from .program import Program
+from .twin import in_dtype
 
 BATCH = 2
 IMAGE = 96
@@ -129,7 +129,7 @@ def verify(module: nn.Module) -> Verification:
     """
     backbone = cast("Backbone", module)
     state: PatchState = backbone.__dict__[STATE]
-    program = state.current(backbone)
+    program = state.program_for(backbone)
     lead = program.lead()
     dtype = state.compute_dtype or lead.dtype
     shape = (BATCH, program.plan.stem.in_channels or lead.shape[1], *_image_size(program.plan))
@@ -137,7 +137,7 @@ def verify(module: nn.Module) -> Verification:
     with torch.random.fork_rng(devices=[]), torch.no_grad(), off:
         note = _random_parts(program)
         network = () if note else _network(backbone, program, state, dtype, shape)
-        branches = tuple(_branches(backbone, program, state.serving(lead.device, dtype), dtype))
+        branches = tuple(_branches(backbone, program, state.backend_for(lead.device, dtype), dtype))
     return Verification(str(dtype).removeprefix("torch."), shape, network, branches, note)
 
 
@@ -184,7 +184,7 @@ def _network(
     backbone: Backbone, program: Program, state: PatchState, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> tuple[Comparison, ...]:
     lead, plan = program.lead(), program.plan
-    # Shadows: the user's module is not run and not changed. Ours shares the parameters and has copies of the buffers.
+    # Ours shares the parameters and has copies of the buffers.
     kinds = (lead.dtype, dtype, torch.float64)
     twins = [cast("Backbone", in_dtype(backbone, kind)) for kind in kinds]
     ours_twin, eager_twin, golden_twin = twins

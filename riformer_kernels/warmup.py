@@ -26,9 +26,9 @@ def compile_kernels(backbone: Backbone, state: PatchState, image_size: int | tup
     Raises:
         InputError: the size is not one, or too small for the network.
     """
-    program = state.current(backbone)
+    program = state.program_for(backbone)
     lead = program.lead()
-    backend = state.serving(lead.device, state.compute_dtype or lead.dtype)
+    backend = state.backend_for(lead.device, state.compute_dtype or lead.dtype)
     if not backend.compiles:
         return
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)

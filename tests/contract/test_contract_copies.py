@@ -41,14 +41,17 @@ def test_a_deepcopy_uses_its_own_weights(model, make, images, backend, count_ops
     assert isinstance(unpatched, FusedBackbone), "the copy is patched on its own"
 
 
-def test_a_state_whose_module_is_gone_says_so(make, backend):
+def test_a_state_whose_module_is_gone_says_so(make, images, backend):
     """Two modules with one instance dictionary share a state, which belongs to the first of them."""
-    model = make()
+    model = make(num_classes=10)
     patch(model, backend=backend)
     twin = type(model).__new__(type(model))
     twin.__dict__ = dict(vars(model))
     number = vars(twin)[STATE].number
     assert traced_plan(number).reasons() == {}
+    with torch.inference_mode():
+        assert torch.equal(twin(images), model(images)) and torch.equal(twin(images), model(images))
+        twin(images)  # the program that the state keeps is the twin's now
     del model
     gc.collect()
     with pytest.raises(PatchError, match=r"is gone.*copy\.deepcopy"):

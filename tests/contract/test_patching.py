@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import TINY, close
@@ -9,7 +11,7 @@ from riformer.model import RIFormer
 from torch import nn
 
 import riformer_kernels
-from riformer_kernels import BackendError, InputError, PatchError, VerificationError, backends, patch, unpatch
+from riformer_kernels import BackendError, InputError, PatchError, VerificationError, backends, ops, patch, unpatch
 from riformer_kernels.fused import FusedBackbone
 from riformer_kernels.modules import STATE
 
@@ -201,8 +203,6 @@ def test_not_strict_fuses_the_rest_and_reports(model, images, backend, count_ops
 
 
 def test_verification_error_restores(model, backend, monkeypatch):
-    import dataclasses
-
     plain = backends.ALL[backend]
 
     def broken(*arguments):
@@ -305,3 +305,12 @@ def test_a_backbone_with_another_forward_fails_verification(make, backend, image
 
 def test_errors_are_value_errors_for_callers():
     assert issubclass(PatchError, ValueError) and issubclass(InputError, riformer_kernels.RIFormerKernelsError)
+
+
+def test_a_backend_has_every_op(backend):
+    whole = backends.ALL[backend]
+    assert list(whole.ops) == list(ops.ALL)
+    for name in ops.ALL:
+        rest = {key: function for key, function in whole.ops.items() if key != name}
+        with pytest.raises(TypeError, match="expected"):
+            dataclasses.replace(whole, ops=rest)
