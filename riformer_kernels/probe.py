@@ -1,10 +1,10 @@
 """Is a module's ``forward`` the expected function? Asked of the module itself, with random parameters in float64.
 
-Structure cannot tell: a subclass may have the same children and another ``forward``. So each kind of block, each norm
-with a ``forward`` of its own and the head are run once, in float64, on a small random input and with random *hard*
-parameters put in place of their own (layer scale near 0.5), and compared with the reference of the op that would
-replace them. Tanh GELU, another eps, a per-position norm in place of GroupNorm or a changed ``forward`` differ by
-orders of magnitude more than float64 rounding. Answers are kept per combination of classes and sizes.
+Structure cannot tell: a subclass may have the same children and another ``forward``. So a probe runs a module once, in
+float64, on a small random input and with random *hard* parameters in place of its own (layer scale near 0.5), and
+compares the result with the reference of the op that would replace the module. Tanh GELU, another eps, a per-position
+norm in place of GroupNorm or a changed ``forward`` differ by orders of magnitude more than float64 rounding. Modules of
+the same classes, sizes and settings are probed once; their answer is kept.
 
 Probes run on a twin of the module (``twin.py``), so other threads may go on using the module itself.
 """

@@ -1,9 +1,9 @@
 """Recognising a RIFormer by its structure, and saying for every part of it whether it can be fused, or why not.
 
-Nothing here imports mmpretrain or the reference implementation: a backbone is what has the attributes of mmpretrain's
-``RIFormer`` (``patch_embed.proj``, ``network``, ``out_indices``, ``norm{i}``; in a block ``norm1`` and
-``token_mixer.affine`` or ``norm_reparam``, ``norm2``, ``mlp``, ``layer_scale_1/2``). ``describe`` reads structure only
-and runs nothing; that the modules' ``forward`` is the expected function is established by ``probe``.
+Nothing here imports mmpretrain or the reference implementation. A backbone is what has the attributes of mmpretrain's
+``RIFormer``: ``patch_embed.proj``, ``network``, ``out_indices`` and ``norm{i}``. Those of a block are in
+``block_kind``. ``describe`` reads structure only and runs nothing. That a module's ``forward`` is the expected function
+is for ``probe`` to find out.
 """
 
 from __future__ import annotations

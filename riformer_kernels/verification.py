@@ -8,9 +8,9 @@ Two kinds of comparison, both by the error-ratio rule of ``numerics``:
 
 Golden is the original forward in float64 on the model's own parameters, eager the same in the tested dtype
 (``compute_dtype``: parameters cast to it) with contiguous tensors. Ratios of small samples scatter, so a comparison
-that exceeds a limit is repeated on five more batches, and fails when the six together exceed one and so do most of
-them singly: chance passes, a defect stays. (Measured: of 3840 healthy models with two classes and at most 64 channels,
-19 exceed a limit on one batch, 4 on six together, none by this rule.)
+that exceeds a limit is repeated on five more batches. It fails when the six together exceed a limit and more than half
+of them exceed one on their own: chance passes, a defect stays. (Measured: of 3840 healthy models with two classes and
+at most 64 channels, 19 exceed a limit on one batch, 4 on six together, none by this rule.)
 """
 
 from __future__ import annotations
