@@ -264,7 +264,8 @@ def _branches(backbone: Backbone, program: Program, backend: Backend, dtype: tor
         for position, plan in enumerate(stage.blocks):
             if plan.reason is None:
                 block = backbone.network[index][position]
-                yield from _branch_of(block, plan, program.block(index, position, plan), backend, dtype)
+                parameters = BlockParameters(*program.block(index, position, plan))
+                yield from _branch_of(block, plan, parameters, backend, dtype)
 
 
 def _branch_of(

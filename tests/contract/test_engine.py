@@ -108,16 +108,16 @@ def test_new_weights_count(patched):
 
 
 def test_a_graphs_state_changes_with_what_it_captured(patched):
-    before = engine._state(list(patched.modules()))
+    before = engine._fingerprint(list(patched.modules()))
     patched.head.fc.bias.data.add_(1)
-    assert engine._state(list(patched.modules())) == before, "an in-place change is seen by a replay"
+    assert engine._fingerprint(list(patched.modules())) == before, "an in-place change is seen by a replay"
     patched.head.fc.bias = torch.nn.Parameter(patched.head.fc.bias.detach().clone())
-    assert engine._state(list(patched.modules())) != before
-    before = engine._state(list(patched.modules()))
+    assert engine._fingerprint(list(patched.modules())) != before
+    before = engine._fingerprint(list(patched.modules()))
     patched.network[0][0].register_forward_hook(lambda *_: None)
     with pytest.warns(UserWarning, match="no longer fused"), torch.inference_mode():
         patched(batch(1))
-    assert engine._state(list(patched.modules())) != before
+    assert engine._fingerprint(list(patched.modules())) != before
 
 
 def test_threads_take_turns(patched):
