@@ -23,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -39,7 +40,7 @@ WAY_OUT = {
 ON, OFF = ("on", "1", "true", "yes"), ("off", "0", "false", "no")
 
 
-def fail(reason: str, kind: str = "CPU") -> None:
+def fail(reason: str, kind: str = "CPU") -> NoReturn:
     raise SystemExit(f"\nriformer-kernels: the native {kind} library cannot be built: {reason}\n{WAY_OUT[kind]}\n")
 
 
@@ -75,7 +76,6 @@ def compiler() -> str:
         if found:
             return candidate
     fail(f"no C++17 compiler was found (looked for {', '.join(candidates)}; set CXX to name another).")
-    raise AssertionError
 
 
 def switch(kind: str, default: str, *others: str) -> str:
@@ -103,7 +103,10 @@ def why_no_cuda(wish: str) -> str | None:
     import torch
 
     if wish == "auto" and torch.version.cuda is None:
-        return f"PyTorch {torch.__version__}, which was installed at the time, has no CUDA (RIFORMER_CUDA=on builds it all the same)"
+        return (
+            f"PyTorch {torch.__version__}, which was installed at the time, has no CUDA (RIFORMER_CUDA=on builds it "
+            "all the same)"
+        )
     found = nvcc()
     if found is None:
         reason = "nvcc was not found (looked at CUDACXX, CUDA_HOME, the path and /usr/local/cuda)"

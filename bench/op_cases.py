@@ -94,7 +94,7 @@ class Built:
         draw = torch.randn(self.case.shape, generator=generator)
         offset = torch.randn((1, self.case.channels, 1, 1), generator=generator)
         x = (draw + 0.5 * offset).to(self.case.dtype)
-        return x, self.backend.moments(x)
+        return x, self.backend.ops["moments"](x)
 
     def eager(self, x: Tensor) -> dict[str, Callable[[], Tensor]]:
         """The eager form in both layouts."""
@@ -207,7 +207,7 @@ def _block(case: OpCase, model: riformer.RIFormer, backend: Backend) -> _Parts:
         mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, block.layer_scale_2, False, True,
     )  # fmt: skip
     flop = 4 * mlp.fc1.weight.numel() * case.side**2 * case.batch
-    return lambda x, moments: backend.block(x, moments, *arguments)[0], block, flop, True
+    return lambda x, moments: backend.ops["block"](x, moments, *arguments)[0], block, flop, True
 
 
 def _embed(case: OpCase, model: riformer.RIFormer, backend: Backend) -> _Parts:
@@ -219,7 +219,7 @@ def _embed(case: OpCase, model: riformer.RIFormer, backend: Backend) -> _Parts:
     flop = 2 * conv.weight.numel() * side**2 * case.batch
 
     def ours(x: Tensor, moments: Tensor) -> Tensor:
-        return backend.embed(x, conv.weight, conv.bias, stride, padding, case.dtype, True)[0]
+        return backend.ops["embed"](x, conv.weight, conv.bias, stride, padding, case.dtype, True)[0]
 
     return ours, module, flop, True
 
@@ -228,7 +228,7 @@ def _norm(case: OpCase, model: riformer.RIFormer, backend: Backend) -> _Parts:
     norm = model.network[2 * WIDTHS.index(case.channels)][0].norm2
 
     def ours(x: Tensor, moments: Tensor) -> Tensor:
-        return backend.norm(x, moments, norm.weight, norm.bias, norm.eps, False, case.dtype)
+        return backend.ops["norm"](x, moments, norm.weight, norm.bias, norm.eps, False, case.dtype)
 
     return ours, norm, 0, True
 
@@ -237,13 +237,13 @@ def _head(case: OpCase, model: riformer.RIFormer, backend: Backend) -> _Parts:
     norm, fc = model.norm6, model.head.fc
 
     def ours(x: Tensor, moments: Tensor) -> Tensor:
-        return backend.head(x, moments, norm.weight, norm.bias, norm.eps, fc.weight, fc.bias, False, case.dtype)
+        return backend.ops["head"](x, moments, norm.weight, norm.bias, norm.eps, fc.weight, fc.bias, False, case.dtype)
 
     return ours, _Head(norm, model.head), 2 * fc.weight.numel() * case.batch, False
 
 
 def _moments(case: OpCase, model: riformer.RIFormer, backend: Backend) -> _Parts:
-    return lambda x, moments: backend.moments(x), _Moments(), 0, True
+    return lambda x, moments: backend.ops["moments"](x), _Moments(), 0, True
 
 
 _BUILDERS = {"block": _block, "embed": _embed, "norm": _norm, "head": _head, "moments": _moments}

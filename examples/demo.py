@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 try:
     import riformer
     import torch
+    from riformer_cli._output import table
     from torch import Tensor, nn
 
     import riformer_kernels
     from riformer_kernels import numerics
-    from riformer_kernels.cli._output import table
     from riformer_kernels.machine import cpu_name
     from riformer_kernels.timing import Samples, interleave, ratio
 except ModuleNotFoundError as error:

@@ -56,7 +56,7 @@ def fold_affine(
     return weight * difference, folded if shift is None else folded + shift.reshape(-1)
 
 
-def first_subblock(
+def first_half(
     moments: torch.Tensor,
     count: int,
     eps: float,

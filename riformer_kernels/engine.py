@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .errors import InputError, MemoryLimitError
-from .fused import CONFIG, FusedBackbone
+from .fused import FusedBackbone
+from .modules import STATE
 from .patching import patch
 
 BATCH_SIZES = (1, 8, 64, 256)
@@ -106,11 +107,11 @@ class Engine:
         """The buffers of a batch size, made when they are missing or what they captured no longer holds."""
         graphs = self._graphs
         slot = self._slots.get(size)
-        if slot is None or (graphs and slot.state != _state(self._modules)):
+        if slot is None or (graphs and slot.fingerprint != _fingerprint(self._modules)):
             self._slots.pop(size, None)
             self._modules = list(self.model.modules()) if graphs else []
-            state = _state(self._modules)
-            images = (self.model, (size, self.channels, *self.image_size), self.device, self.dtype, state)
+            fingerprint = _fingerprint(self._modules)
+            images = (self.model, (size, self.channels, *self.image_size), self.device, self.dtype, fingerprint)
             with torch.no_grad():
                 slot = self._guarded(size, lambda: _GraphSlot(graphs, *images) if graphs else _Slot(*images))
             self._slots[size] = slot
@@ -124,8 +125,8 @@ class Engine:
                 raise
             height, width = self.image_size
             raise MemoryLimitError(
-                f"out of memory on {self.device} at batch {size}, {height} x {width} pixels, {self.dtype}: {error}. Use "
-                "smaller batch_sizes: larger batches are split"
+                f"out of memory on {self.device} at batch {size}, {height} x {width} pixels, {self.dtype}: {error}. "
+                "Use smaller batch_sizes: larger batches are split"
             ) from error
 
     def _check(self, images: torch.Tensor) -> None:
@@ -144,8 +145,8 @@ class Engine:
         if found != self.image_size:
             larger = "larger than" if found[0] > height or found[1] > width else "not"
             raise InputError(
-                f"expected {want}: images of {found[0]} x {found[1]} pixels are {larger} what this engine was built for; "
-                f"resize them, or build another with image_size={found}"
+                f"expected {want}: images of {found[0]} x {found[1]} pixels are {larger} what this engine was built "
+                f"for; resize them, or build another with image_size={found}"
             )
         if images.device.type != "cpu" and images.device != self.device:
             raise InputError(f"expected {want} on {self.device} or the CPU, found them on {images.device}")
@@ -167,11 +168,11 @@ class _Slot:
     """The static input of one batch size, and the model called with it."""
 
     def __init__(
-        self, model: nn.Module, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, state: tuple
+        self, model: nn.Module, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, fingerprint: tuple
     ) -> None:
         self.model = model
         self.size = shape[0]
-        self.state = state
+        self.fingerprint = fingerprint
         self.images = torch.zeros(shape, dtype=dtype, device=device)
 
     def run(self, images: torch.Tensor) -> Any:
@@ -198,9 +199,9 @@ class _GraphSlot(_Slot):
         shape: tuple[int, ...],
         device: torch.device,
         dtype: torch.dtype,
-        state: tuple,
+        fingerprint: tuple,
     ) -> None:
-        super().__init__(model, shape, device, dtype, state)
+        super().__init__(model, shape, device, dtype, fingerprint)
         self.stream = graphs.stream
         self.staging = torch.empty(shape, dtype=dtype, pin_memory=True)
         self.staged = torch.cuda.Event()
@@ -243,15 +244,22 @@ def _first(outputs: Any, count: int, device: torch.device, size: int) -> Any:
 
 def _joined(parts: list[Any]) -> Any:
     flat = [tree_flatten(part) for part in parts]
-    return tree_unflatten([torch.cat(values) for values in zip(*(leaves for leaves, _ in flat))], flat[0][1])
+    return tree_unflatten(
+        [torch.cat(values) for values in zip(*(leaves for leaves, _ in flat), strict=True)], flat[0][1]
+    )
 
 
-def _state(modules: list[nn.Module]) -> tuple:
-    """What a captured graph depends on besides values: where the parameters lie, which submodules there are, and the
-    programs of the backbones. Asked by every call, hence of a list of modules rather than of the tree."""
+def _fingerprint(modules: list[nn.Module]) -> tuple:
+    """What a captured graph depends on besides values. A graph is captured anew when any of it has changed.
+
+    That is where the parameters lie, which submodules there are, and the programs of the backbones. Every call asks, so
+    it is taken from a list of modules rather than from the tree.
+    """
     children = tuple(chain.from_iterable(module._modules.values() for module in modules))
     tensors = chain.from_iterable(chain(module._parameters.values(), module._buffers.values()) for module in modules)
-    programs = tuple(module.__dict__[CONFIG].current(module) for module in modules if isinstance(module, FusedBackbone))
+    programs = tuple(
+        module.__dict__[STATE].program_for(module) for module in modules if isinstance(module, FusedBackbone)
+    )
     return programs, children, tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
 
 
@@ -271,4 +279,4 @@ def _checked_image_size(size: int | tuple[int, int]) -> tuple[int, int]:
     good = isinstance(found, (tuple, list)) and len(found) == 2 and all(isinstance(s, int) and s > 0 for s in found)
     if not good:
         raise InputError(f"image_size must be an integer or (height, width), in pixels, found {size!r}")
-    return tuple(found)
+    return found[0], found[1]

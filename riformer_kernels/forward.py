@@ -1,30 +1,36 @@
-"""One forward pass over a plan: which op runs on what, in which dtype, and what is left to the original modules."""
+"""One forward pass of a patched backbone: its program run by the ops of a backend.
+
+Where a part has a reason not to be fused, the pass runs the original module instead, hooks and all.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from . import backends
+from .backends import Backend
+from .block_kind import BlockKind, first_half
 from .errors import InputError
+from .modules import Backbone
 from .ops._library import memory_format_of
+from .patch_state import PatchState
+from .plan import BackbonePlan, BlockPlan, EmbedPlan, HeadPlan, NormPlan, StagePlan
 from .program import Program, TracedProgram
-from .recognise import BackbonePlan, StagePlan
 
-
-class Options(Protocol):
-    """What ``run`` asks of a patched module's configuration."""
-
-    compute_dtype: torch.dtype | None
-
-    def serving(self, device: torch.device, dtype: torch.dtype) -> backends.Backend: ...
+Context: TypeAlias = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 def _check(x: Any, lead: torch.Tensor, plan: BackbonePlan, autocast: bool) -> None:
-    """Raise InputError unless ``x`` is a batch of images that the original would take too."""
+    """Raise InputError unless ``x`` is a batch of images that the original would take too.
+
+    Args:
+        lead: the stem's weight, whose dtype and device the images have to have.
+        autocast: whether autocast is on; then other floating dtypes are taken as well.
+    """
     stem = plan.stem
     channels = stem.in_channels or lead.shape[1]
     want = f"images [B, {channels}, H, W] in {lead.dtype} on {lead.device}"
@@ -56,74 +62,107 @@ def _check(x: Any, lead: torch.Tensor, plan: BackbonePlan, autocast: bool) -> No
                 )
 
 
-class _Run:
-    """One forward pass. ``tokens`` and ``moments`` move from step to step; ``owned``: nobody else holds the tokens."""
+class ForwardPass:
+    """One forward pass. Each method runs one part of the plan on ``tokens`` and leaves its result there.
+
+    Attributes:
+        tokens: what the part before has written, [B, C, H, W].
+        moments: their moments, or None when the part before has left none.
+        owned: whether this pass alone holds ``tokens`` and ``moments``; only then may a block write over them.
+    """
 
     def __init__(
-        self, backbone: nn.Module, program: Any, backend: Any, dtype: torch.dtype, outer: Any, tracing: bool
+        self,
+        backbone: Backbone,
+        program: Program | TracedProgram,
+        backend: Backend,
+        dtype: torch.dtype,
+        outer: Context,
     ) -> None:
+        """
+        Args:
+            dtype: of the tokens.
+            outer: the autocast that original modules run in.
+        """
         self.backbone = backbone
         self.program = program
-        self.backend = backend
+        self.ops = backend.ops
         self.dtype = dtype
         self.outer = outer
-        self.tracing = tracing
-        self.tokens: torch.Tensor = None
+        self.traced = program if isinstance(program, TracedProgram) else None
+        self.tokens: torch.Tensor
         self.moments: torch.Tensor | None = None
         self.owned = False
 
     def module(self, module: nn.Module, x: torch.Tensor) -> None:
-        """Run an original module on ``x``, hooks and all. What it saw or returned may be kept by a hook."""
-        with self.outer() if self.outer else contextlib.nullcontext():
+        """Run an original module on ``x``. A hook may keep what it saw or returned, so the tokens are not owned."""
+        with self.outer():
             out = module(x.to(self.program.lead().dtype))
         self.tokens = _dense(out.to(self.dtype))
         self.moments, self.owned = None, False
 
-    def embed(self, plan: Any, module: nn.Module, x: torch.Tensor, moments: bool) -> None:
+    def embed(self, plan: EmbedPlan, module: nn.Module, x: torch.Tensor, moments: bool) -> None:
+        """The stem on the images, or a downsampling on the tokens; ``moments``: whether the next part needs them."""
         if plan.reason is not None:
             self.module(module, x)
             return
-        weight, bias = self.program.pair(plan.name)
-        self.tokens, found = self.backend.embed(x, weight, bias, plan.stride, plan.padding, self.dtype, moments)
+        weight, bias = self.program.weight_and_bias(plan.name)
+        self.tokens, found = self.ops["embed"](x, weight, bias, plan.stride, plan.padding, self.dtype, moments)
         self.moments, self.owned = found if moments else None, True
 
-    def needed(self) -> torch.Tensor:
-        """The moments of the tokens, computed by a pass over them if no kernel delivered them."""
+    def moments_of_tokens(self) -> torch.Tensor:
+        """The moments of the tokens, computed by a pass over them if no kernel has left them."""
         if self.moments is None:
-            self.moments = self.backend.moments(self.tokens)
+            self.moments = self.ops["moments"](self.tokens)
         return self.moments
 
-    def block(self, plan: Any, module: nn.Module, index: int, position: int) -> None:
-        if plan.reason is not None or (self.tracing and self.program.dropping(index, position)):
+    def first_half(self, kind: BlockKind, module: nn.Module) -> None:
+        """Run a block's own modules up to y, for a kind whose first half the op does not compute."""
+        with self.outer():
+            y = first_half(kind, module, self.tokens.to(self.program.lead().dtype))
+        self.tokens = _dense(y.to(self.dtype))
+        self.moments, self.owned = None, True
+
+    def block(self, plan: BlockPlan, module: nn.Module, index: int, position: int) -> None:
+        """Block ``position`` of the stage at ``index`` of the network."""
+        traced = self.traced
+        if plan.reason is not None or (traced is not None and traced.dropping(index, position, plan)):
             self.module(module, self.tokens)
             return
-        arguments = self.program.block(index, position, plan)
-        moments = None if plan.per_position else self.needed()
-        if self.owned and not self.tracing:
-            # Nobody else has seen these tokens: there is no backward to warn by counting the write (4 us, twelve times).
+        kind = plan.kind
+        assert kind is not None, "a block of no known kind has a reason"
+        if not kind.fuses_first_half:
+            self.first_half(kind, module)
+        parameters = self.program.block(index, position, plan)
+        moments = None if plan.per_position else self.moments_of_tokens()
+        if self.owned and traced is None:
+            # No backward can have saved tokens that this pass alone holds. Below the ADInplaceOrView key the write is
+            # not counted for one, which saves 4 us per block.
             with torch._C._AutoDispatchBelowADInplaceOrView():
-                self.backend.block_(self.tokens, moments, *arguments)
+                self.ops["block_"](self.tokens, moments, *parameters)
             self.moments = moments
         else:
-            self.tokens, found = self.backend.block(self.tokens, moments, *arguments)
+            self.tokens, found = self.ops["block"](self.tokens, moments, *parameters)
             self.moments, self.owned = None if plan.per_position else found, True
 
-    def norm(self, plan: Any, dtype: torch.dtype) -> torch.Tensor:
+    def norm(self, plan: NormPlan, dtype: torch.dtype) -> torch.Tensor:
+        """The normed tokens in ``dtype``, to be returned. The tokens themselves stay as they are."""
         if plan.reason is not None:
             module = getattr(self.backbone, plan.name)
-            with self.outer() if self.outer else contextlib.nullcontext():
+            with self.outer():
                 out = module(self.tokens.to(self.program.lead().dtype))
             self.owned = False
             return out.to(dtype)
-        weight, bias = self.program.pair(plan.name)
-        moments = None if plan.per_position else self.needed()
-        return self.backend.norm(self.tokens, moments, weight, bias, plan.eps, plan.per_position, dtype)
+        weight, bias = self.program.weight_and_bias(plan.name)
+        moments = None if plan.per_position else self.moments_of_tokens()
+        return self.ops["norm"](self.tokens, moments, weight, bias, plan.eps, plan.per_position, dtype)
 
-    def head(self, plan: Any, norm: Any, dtype: torch.dtype) -> torch.Tensor:
-        scale, shift = self.program.pair(norm.name)
-        weight, bias = self.program.pair(plan.name)
-        moments = None if norm.per_position else self.needed()
-        return self.backend.head(self.tokens, moments, scale, shift, norm.eps, weight, bias, norm.per_position, dtype)
+    def head(self, plan: HeadPlan, norm: NormPlan, dtype: torch.dtype) -> torch.Tensor:
+        """The logits; the last norm is part of the op."""
+        scale, shift = self.program.weight_and_bias(norm.name)
+        weight, bias = self.program.weight_and_bias(plan.name)
+        moments = None if norm.per_position else self.moments_of_tokens()
+        return self.ops["head"](self.tokens, moments, scale, shift, norm.eps, weight, bias, norm.per_position, dtype)
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -133,72 +172,73 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous()
 
 
-def _wants_moments(plan: BackbonePlan, index: int) -> bool:
-    """Whether the first reader of what position ``index - 1`` writes is fused and normalises over the whole image."""
+def _needs_moments(plan: BackbonePlan, index: int) -> bool:
+    """Whether the embedding before position ``index`` of the network has to return the moments of its tokens.
+
+    It has to when their first reader is fused and normalises over the whole image. That reader is the norm of a
+    returned feature map where there is one, else the first block of the stage at ``index``.
+    """
     norms = {norm.index: norm for norm in plan.norms}
     if index - 1 in norms:
         return norms[index - 1].reason is None and not norms[index - 1].per_position
-    if index < len(plan.network) and isinstance(plan.network[index], StagePlan) and plan.network[index].blocks:
-        stage = plan.network[index]
-        return stage.reason is None and stage.blocks[0].reason is None and not stage.blocks[0].per_position
+    stage = plan.network[index] if index < len(plan.network) else None
+    if isinstance(stage, StagePlan) and stage.blocks:
+        first = stage.blocks[0]
+        return stage.reason is None and first.reason is None and not first.per_position
     return False
 
 
-def run(
-    backbone: nn.Module, program: Program | TracedProgram, config: Options, x: torch.Tensor, tracing: bool = False
-) -> Any:
+def run(backbone: Backbone, program: Program | TracedProgram, state: PatchState, x: torch.Tensor) -> Any:
     """The whole network, without gradients: what the original forward returns, computed by the backend's ops.
 
-    Dtypes: tokens in ``config.compute_dtype``, else autocast's, else the parameters'. Results as the original returns
-    them, measured: features in the norm's dtype (under CPU autocast the parameters', under CUDA autocast float32),
-    logits in autocast's dtype, else the parameters'.
+    The tokens are in ``state.compute_dtype``, else in autocast's dtype, else in the parameters'. Results have the
+    dtypes that the original returns (measured): features that of the norm (under CPU autocast the parameters', under
+    CUDA autocast float32), logits that of autocast, else the parameters'.
     """
     plan, lead = program.plan, program.lead()
     kind = lead.device.type
     autocast = torch.is_autocast_enabled(kind)
     _check(x, lead, plan, autocast)
-    features_dtype = logits_dtype = lead.dtype
-    outer = None
-    if autocast:
-        logits_dtype = torch.get_autocast_dtype(kind)
-        features_dtype = torch.float32 if kind == "cuda" else lead.dtype
-        inner_dtype = logits_dtype
-        outer = lambda: torch.autocast(kind, dtype=inner_dtype)  # noqa: E731
-    dtype = config.compute_dtype or logits_dtype
-    backend = config.serving(lead.device, dtype)
-    state = _Run(backbone, program, backend, dtype, outer, tracing)
-    if autocast:
-        with torch.autocast(kind, enabled=False):
-            return _steps(state, plan, x, features_dtype, logits_dtype)
-    return _steps(state, plan, x, features_dtype, logits_dtype)
+    if not autocast:
+        dtype = state.compute_dtype or lead.dtype
+        forward = ForwardPass(backbone, program, state.backend_for(lead.device, dtype), dtype, contextlib.nullcontext)
+        return _steps(forward, plan, x, lead.dtype, lead.dtype)
+    logits_dtype = torch.get_autocast_dtype(kind)
+    features_dtype = torch.float32 if kind == "cuda" else lead.dtype
+    dtype = state.compute_dtype or logits_dtype
+    outer = lambda: torch.autocast(kind, dtype=logits_dtype)  # noqa: E731
+    forward = ForwardPass(backbone, program, state.backend_for(lead.device, dtype), dtype, outer)
+    with torch.autocast(kind, enabled=False):
+        return _steps(forward, plan, x, features_dtype, logits_dtype)
 
 
 def _steps(
-    state: _Run, plan: BackbonePlan, x: torch.Tensor, features_dtype: torch.dtype, logits_dtype: torch.dtype
+    forward: ForwardPass, plan: BackbonePlan, x: torch.Tensor, features_dtype: torch.dtype, logits_dtype: torch.dtype
 ) -> Any:
-    backbone = state.backbone
+    """The parts of the plan in turn."""
+    backbone = forward.backbone
     norms = {norm.index: norm for norm in plan.norms}
-    pooled = plan.head is not None and plan.head.reason is None
+    fused_head = plan.head if plan.head is not None and plan.head.reason is None else None
     features = []
     x = _dense(x)
     layout = memory_format_of(x)
-    state.embed(plan.stem, backbone.patch_embed, x, _wants_moments(plan, 0))
+    forward.embed(plan.stem, backbone.patch_embed, x, _needs_moments(plan, 0))
     for index, item in enumerate(plan.network):
         module = backbone.network[index]
         if not isinstance(item, StagePlan):
-            state.embed(item, module, state.tokens, _wants_moments(plan, index + 1))
+            forward.embed(item, module, forward.tokens, _needs_moments(plan, index + 1))
         elif item.reason is not None:
-            state.module(module, state.tokens)
+            forward.module(module, forward.tokens)
         else:
             for position, block in enumerate(item.blocks):
-                state.block(block, module[position], index, position)
+                forward.block(block, module[position], index, position)
         # With a fused head nobody sees the features, except that a hook on one of the norms does.
-        if index in norms and (not pooled or norms[index].reason is not None):
+        if index in norms and (fused_head is None or norms[index].reason is not None):
             # The layout of the tokens is the backend's affair, that of the results is the input's.
-            features.append(state.norm(norms[index], features_dtype).contiguous(memory_format=layout))
-    if pooled:
-        return state.head(plan.head, norms[len(plan.network) - 1], logits_dtype)
+            features.append(forward.norm(norms[index], features_dtype).contiguous(memory_format=layout))
+    if fused_head is not None:
+        return forward.head(fused_head, norms[len(plan.network) - 1], logits_dtype)
     if plan.head is None:
         return tuple(features)
-    with state.outer() if state.outer else contextlib.nullcontext():
+    with forward.outer():
         return backbone.head(tuple(features))

@@ -6,6 +6,8 @@ import torch
 
 from . import backends
 from .errors import InputError
+from .ops.block import BlockParameters
+from .tracing import constant_while_tracing
 
 
 def norm_mlp(
@@ -75,15 +77,18 @@ def norm_mlp(
         x = x.contiguous()
     with torch.autocast(x.device.type, enabled=False):
         if moments is None and not per_position:
-            moments = chosen.moments(x)
-        out, out_moments = chosen.block(
-            x, moments, None, None, None, None, None, 0.0, norm_weight, norm_bias, eps,
-            fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, per_position, residual,
+            moments = chosen.ops["moments"](x)
+        unit = BlockParameters(
+            layer_scale_1=None, norm1_weight=None, norm1_bias=None, affine_weight=None, affine_bias=None, eps1=0.0,
+            norm2_weight=norm_weight, norm2_bias=norm_bias, eps2=eps, fc1_weight=fc1_weight, fc1_bias=fc1_bias,
+            fc2_weight=fc2_weight, fc2_bias=fc2_bias, layer_scale_2=layer_scale, per_position=per_position,
+            residual=residual,
         )  # fmt: skip
+        out, out_moments = chosen.ops["block"](x, moments, *unit)
     return (out, out_moments) if return_moments else out
 
 
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def _choose(backend: str, device: str, dtype: torch.dtype) -> str:
     """The backend's name; while tracing, asked by Python and a constant in the graph."""
     return backends.choose(backend, torch.device(device), dtype).name
@@ -119,10 +124,10 @@ def _check(
             continue
         if not isinstance(tensor, torch.Tensor):
             raise InputError(f"{name} must be a tensor of shape {shape}, found {type(tensor).__name__}")
-        found = tuple(tensor.shape)
-        pointwise = len(shape) == 2 and found == (*shape, 1, 1)
-        if found != shape and not pointwise:
-            raise InputError(f"{name} must have shape {shape} for x {tuple(x.shape)}, found {found}")
+        size = tuple(tensor.shape)
+        pointwise = len(shape) == 2 and size == (*shape, 1, 1)
+        if size != shape and not pointwise:
+            raise InputError(f"{name} must have shape {shape} for x {tuple(x.shape)}, found {size}")
         if tensor.device != x.device:
             raise InputError(f"{name} is on {tensor.device} and x on {x.device}; move one of them")
         if not tensor.is_floating_point():

@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class ErrorFigures:
-    """Errors of one tensor against golden, absolute: largest, RMS, RMS of the worst channel and of the worst position."""
+    """Absolute errors of a tensor against golden: largest, RMS, RMS of the worst channel and of the worst position."""
 
     max: float
     rms: float
@@ -53,7 +53,7 @@ class ErrorRatios:
 
 
 def limits_for(dtype: torch.dtype) -> ErrorFigures:
-    """max 2, RMS 1.25, channel 2, position 3; float32 RMS 2, as eager's two memory formats differ by 1.7 to 2x there."""
+    """The limits for a dtype. In float32 the RMS may be twice eager's, whose memory formats differ by 1.7 to 2x."""
     return ErrorFigures(max=2.0, rms=2.0 if dtype == torch.float32 else 1.25, channel=2.0, position=3.0)
 
 

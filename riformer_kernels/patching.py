@@ -11,8 +11,11 @@ from torch import nn
 
 from . import backends, verification, warmup
 from .errors import BackendError, PatchError, VerificationError
-from .fused import CONFIG, Config, FusedBackbone, adopt, release
-from .recognise import BackbonePlan, StagePlan, find, why_not_backbone
+from .fused import FusedBackbone, adopt, release
+from .modules import STATE, Backbone, original_class
+from .patch_state import PatchState
+from .plan import BackbonePlan, EmbedPlan, HeadPlan, NormPlan, StagePlan
+from .recognise import find, why_not_backbone
 
 _lock = threading.RLock()
 _OUTSIDE = "not part of the backbone: runs as before"
@@ -50,11 +53,12 @@ class Handle:
     patched. (An inner ``with patch(model)`` on a patched model therefore leaves the outer one in force.)
     """
 
-    def __init__(self, model: nn.Module, backbones: list[tuple[str, nn.Module]], own: list[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, backbones: list[tuple[str, Backbone]], own: list[nn.Module]) -> None:
         self.model = model
         self._backbones = backbones
         self._own = own
         self._frozen: list[Row] | None = None
+        self._last_verification: dict[str, verification.Verification] | None = None
 
     @property
     def report(self) -> list[Row]:
@@ -67,16 +71,16 @@ class Handle:
     @property
     def verification(self) -> dict[str, verification.Verification] | None:
         """Figures per backbone name, or None when patched with ``verify=False``."""
-        found = {name: backbone.__dict__[CONFIG].verification for name, backbone in self._live()}
-        found = {name: value for name, value in found.items() if value is not None}
-        return found or getattr(self, "_last_verification", None)
+        found = {name: _state(backbone).verification for name, backbone in self._live()}
+        figures = {name: value for name, value in found.items() if value is not None}
+        return figures or self._last_verification
 
     @property
     def active(self) -> bool:
         """Whether any backbone of this handle is patched."""
         return bool(self._live())
 
-    def _live(self) -> list[tuple[str, nn.Module]]:
+    def _live(self) -> list[tuple[str, Backbone]]:
         return [(name, backbone) for name, backbone in self._backbones if isinstance(backbone, FusedBackbone)]
 
     def restore(self) -> None:
@@ -101,7 +105,7 @@ class Handle:
         fused = sum(row.fused for row in rows if row.kind == "stage")
         total = sum(row.total for row in rows if row.kind == "stage")
         state = "" if self.active else " (restored)"
-        name = getattr(type(self.model), "_original_class", type(self.model)).__name__
+        name = original_class(self.model).__name__
         lines = [f"riformer_kernels: {fused} of {total} blocks fused in {name}{state}", ""]
         lines += _table(
             ("module", "kind", "backend", "dtype", "fused", "reason"),
@@ -126,7 +130,10 @@ class Handle:
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     rule = tuple("-" * width for width in widths)
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (header, rule, *rows)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, rule, *rows)
+    ]
 
 
 def _join(prefix: str, name: str) -> str:
@@ -137,20 +144,25 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _rows(prefix: str, backbone: nn.Module) -> list[Row]:
-    config: Config | None = backbone.__dict__.get(CONFIG)
-    if config is None:
+def _state(backbone: nn.Module) -> PatchState:
+    """The state of a patched backbone."""
+    return backbone.__dict__[STATE]
+
+
+def _rows(prefix: str, backbone: Backbone) -> list[Row]:
+    state: PatchState | None = backbone.__dict__.get(STATE)
+    if state is None:
         return [Row(prefix, "stage", None, None, 0, 0, "restored: this backbone runs its original forward")]
-    program = config.current(backbone)
+    program = state.program_for(backbone)
     plan, lead = program.plan, program.lead()
-    dtype = config.compute_dtype or lead.dtype
+    dtype = state.compute_dtype or lead.dtype
     try:
-        backend = config.serving(lead.device, dtype)
+        backend = state.backend_for(lead.device, dtype)
     except BackendError as error:
         return [Row(prefix, "stage", None, _short(dtype), 0, 0, str(error))]
     served = f"{backend.name} ({backend.detail()})"
 
-    def row(part: Any, kind: str) -> Row:
+    def row(part: EmbedPlan | NormPlan | HeadPlan, kind: str) -> Row:
         ok = part.reason is None
         return Row(_join(prefix, part.name), kind, served if ok else None, _short(dtype), int(ok), 1, part.reason)
 
@@ -172,7 +184,7 @@ def _rows(prefix: str, backbone: nn.Module) -> list[Row]:
     return rows + ([row(plan.head, "head")] if plan.head is not None else [])
 
 
-def _outside(model: nn.Module, backbones: list[tuple[str, nn.Module]]) -> list[Row]:
+def _outside(model: nn.Module, backbones: list[tuple[str, Backbone]]) -> list[Row]:
     """Siblings of the backbones and of the modules around them: necks, heads, preprocessors. They stay as they are."""
     rows = {}
     around = {name.rpartition(".")[0] for name, _ in backbones if name}
@@ -244,31 +256,29 @@ def patch(
         if not backbones:
             raise PatchError(_not_found(model))
         own: list[nn.Module] = []
-        before = {id(backbone): backbone.__dict__.get(CONFIG) for _, backbone in backbones}
-        kept = {key: None if config is None else config.verification for key, config in before.items()}
+        before = [_state(backbone) for _, backbone in backbones if isinstance(backbone, FusedBackbone)]
+        kept = [(state, state.verification) for state in before]
         try:
             for name, backbone in backbones:
-                if before[id(backbone)] is None:
-                    config = _prepare(name, backbone, backend, compute_dtype)
-                    adopt(backbone, config)
-                    own.append(backbone)
+                if isinstance(backbone, FusedBackbone):
+                    _check_same(name, _state(backbone), backend, compute_dtype)
                 else:
-                    _check_same(name, before[id(backbone)], backend, compute_dtype)
-            plans = {name: backbone.__dict__[CONFIG].current(backbone).plan for name, backbone in backbones}
+                    adopt(backbone, _prepare(name, backbone, backend, compute_dtype))
+                    own.append(backbone)
+            plans = {name: _state(backbone).program_for(backbone).plan for name, backbone in backbones}
             _check_complete(plans, strict)
             for name, backbone in backbones:
-                config = backbone.__dict__[CONFIG]
+                state = _state(backbone)
                 if backbone in own:
-                    config.expected = frozenset(plans[name].reasons())
-                    warmup.compile_kernels(backbone, config, image_size)
-                if verify and (config.verification is None or backbone in own):
-                    config.verification = _verified(name, backbone, config)
+                    state.expected = frozenset(plans[name].reasons())
+                    warmup.compile_kernels(backbone, state, image_size)
+                if verify and (state.verification is None or backbone in own):
+                    state.verification = _verified(name, backbone)
         except BaseException:
-            for backbone in own:
-                release(backbone)
-            for _, backbone in backbones:
-                if before[id(backbone)] is not None:
-                    before[id(backbone)].verification = kept[id(backbone)]
+            for module in own:
+                release(module)
+            for state, figures in kept:
+                state.verification = figures
             raise
         return Handle(model, backbones, own)
 
@@ -282,7 +292,7 @@ def unpatch(model: nn.Module) -> int:
         return len(found)
 
 
-def _prepare(name: str, backbone: nn.Module, backend: str, compute_dtype: torch.dtype | None) -> Config:
+def _prepare(name: str, backbone: Backbone, backend: str, compute_dtype: torch.dtype | None) -> PatchState:
     label = name or type(backbone).__name__
     if "forward" in backbone.__dict__:
         raise PatchError(f"{label}: its forward was replaced on the instance, by another patcher; undo that first")
@@ -306,16 +316,14 @@ def _prepare(name: str, backbone: nn.Module, backend: str, compute_dtype: torch.
     chosen = backends.choose(backend, lead.device, compute_dtype or lead.dtype)
     if chosen.why_not(lead.device, lead.dtype):
         raise BackendError(f"{label}: backend {chosen.name!r} does not read {lead.dtype} parameters: convert the model")
-    return Config(backend, chosen.name, compute_dtype, name)
+    return PatchState(backend, chosen.name, compute_dtype, name)
 
 
-def _check_same(name: str, config: Config, backend: str, compute_dtype: torch.dtype | None) -> None:
-    if (config.backend, config.compute_dtype) != (backend, compute_dtype) and (
-        config.compute_dtype != compute_dtype or config.resolved != backend
-    ):
+def _check_same(name: str, state: PatchState, backend: str, compute_dtype: torch.dtype | None) -> None:
+    if state.compute_dtype != compute_dtype or backend not in (state.backend, state.resolved):
         raise PatchError(
-            f"{name or 'the model'} is already patched with backend={config.backend!r}, "
-            f"compute_dtype={config.compute_dtype}; asked for backend={backend!r}, compute_dtype={compute_dtype}. "
+            f"{name or 'the model'} is already patched with backend={state.backend!r}, "
+            f"compute_dtype={state.compute_dtype}; asked for backend={backend!r}, compute_dtype={compute_dtype}. "
             "Call riformer_kernels.unpatch(model) first"
         )
 
@@ -331,7 +339,7 @@ def _check_complete(plans: dict[str, BackbonePlan], strict: bool) -> None:
         )
 
 
-def _verified(name: str, backbone: nn.Module, config: Config) -> verification.Verification:
+def _verified(name: str, backbone: Backbone) -> verification.Verification:
     result = verification.verify(backbone)
     if not result.passed:
         raise VerificationError(

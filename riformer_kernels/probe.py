@@ -1,18 +1,16 @@
 """Is a module's ``forward`` the expected function? Asked of the module itself, with random parameters in float64.
 
-Structure cannot tell: a subclass may have the same children and another ``forward``. So each kind of block, each norm
-with a ``forward`` of its own and the head are run once, in float64, on a small random input and with random *hard*
-parameters put in place of their own (layer scale near 0.5), and compared with the reference of the op that would
-replace them. Tanh GELU, another eps, a per-position norm in place of GroupNorm or a changed ``forward`` differ by
-orders of magnitude more than float64 rounding. Answers are kept per combination of classes and sizes.
+Structure cannot tell: a subclass may have the same children and another ``forward``. So a probe runs a module once, in
+float64, on a small random input and with random *hard* parameters in place of its own (layer scale near 0.5), and
+compares the result with the reference of the op that would replace the module. Tanh GELU, another eps, a per-position
+norm in place of GroupNorm or a changed ``forward`` differ by orders of magnitude more than float64 rounding. Modules of
+the same classes, sizes and settings are probed once; their answer is kept.
 
-Probes and verification run on a ``shadow`` of a module: the same classes and attributes with other tensors and without
-the user's hooks. The module itself is not touched, so other threads may go on using it.
+Probes run on a twin of the module (``twin.py``), so other threads may go on using the module itself.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -20,50 +18,18 @@ import torch
 from torch import nn
 
 from . import algebra, ops
-from .recognise import HOOKS, BackbonePlan, BlockPlan, EmbedPlan, HeadPlan, NormPlan, StagePlan, child
+from .block_kind import first_half
+from .modules import Backbone, child
+from .plan import BackbonePlan, BlockPlan, EmbedPlan, HeadPlan, NormPlan, StagePlan, block_parameters
+from .twin import twin_of
 
 TOLERANCE = 1e-9
 REMEMBERED = 256
 _answers: dict[tuple, str | None] = {}
 
 
-def shadow(
-    module: nn.Module, change: Callable[[str, torch.Tensor], torch.Tensor], dtype: torch.dtype, prefix: str = ""
-) -> nn.Module:
-    """A module tree of the same classes and attributes, with ``change(name, parameter)`` in place of each parameter.
-
-    Buffers and plain tensor attributes are copied, floating-point ones to ``dtype``: a BatchNorm in training mode
-    writes to its statistics. Hooks are left out. A patched module's shadow has its original class.
-    """
-    cls = getattr(type(module), "_original_class", type(module))
-    twin = cls.__new__(cls)
-
-    def copied(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return value.detach().to(dtype, copy=True) if value.is_floating_point() else value.detach().clone()
-
-    state = {name: copied(value) for name, value in module.__dict__.items() if name != "_riformer_kernels"}
-    state |= {name: OrderedDict() for name in HOOKS}
-    state["_buffers"] = {name: copied(value) for name, value in module._buffers.items()}
-    state["_parameters"] = {
-        name: None if value is None else change(prefix + name, value) for name, value in module._parameters.items()
-    }
-    state["_modules"] = {
-        name: None if inner is None else shadow(inner, change, dtype, f"{prefix}{name}.")
-        for name, inner in module._modules.items()
-    }
-    twin.__dict__ = state
-    return twin
-
-
-def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A shadow with parameters in ``dtype``, contiguous; they share memory with the module's where nothing changes."""
-    return shadow(module, lambda _, value: value.detach().to(dtype).contiguous(), dtype)
-
-
 def _hard(module: nn.Module, generator: torch.Generator) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """A float64 shadow with random parameters, drawn on the CPU, and the parameters by name."""
+    """A float64 twin with random parameters, drawn on the CPU, and the parameters by name."""
     values = {}
 
     def draw(name: str, parameter: torch.Tensor) -> torch.Tensor:
@@ -72,7 +38,7 @@ def _hard(module: nn.Module, generator: torch.Generator) -> tuple[nn.Module, dic
         values[name] = value.to(parameter.device)
         return values[name]
 
-    return shadow(module, draw, torch.float64), values
+    return twin_of(module, draw, torch.float64), values
 
 
 def _tokens(channels: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
@@ -90,17 +56,11 @@ def _differs(found: Any, expected: torch.Tensor) -> bool:
 
 def _probe_block(block: nn.Module, plan: BlockPlan, generator: torch.Generator) -> str | None:
     twin, values = _hard(block, generator)
-    x = _tokens(plan.channels, generator, block.layer_scale_1.device)
+    x = _tokens(plan.channels, generator, _device(block))
     found = twin.forward(x)
-    first = "norm_reparam" if plan.deployed else "norm1"
-    affine = ("token_mixer.affine.weight", "token_mixer.affine.bias")
-    expected, _ = ops.block.reference(
-        x, algebra.moments_of(x), values["layer_scale_1"], values[f"{first}.weight"], values[f"{first}.bias"],
-        *(None if plan.deployed else values.get(name) for name in affine), plan.eps1,
-        values["norm2.weight"], values["norm2.bias"], plan.eps2,
-        values["mlp.fc1.weight"], values.get("mlp.fc1.bias"), values["mlp.fc2.weight"], values.get("mlp.fc2.bias"),
-        values["layer_scale_2"], plan.per_position, True,
-    )  # fmt: skip
+    assert plan.kind is not None
+    start = x if plan.kind.fuses_first_half else first_half(plan.kind, twin, x)
+    expected, _ = ops.block.reference(start, algebra.moments_of(start), *block_parameters(plan, values.get))
     if _differs(found, expected):
         return f"forward of {type(block).__name__} (or of a module in it) does not compute a RIFormer block"
     return None
@@ -108,28 +68,31 @@ def _probe_block(block: nn.Module, plan: BlockPlan, generator: torch.Generator) 
 
 def _probe_norm(norm: nn.Module, plan: NormPlan, generator: torch.Generator) -> str | None:
     twin, values = _hard(norm, generator)
-    x = _tokens(plan.channels, generator, norm.weight.device)
+    x = _tokens(plan.channels, generator, _device(norm))
     found = twin.forward(x)
     expected = ops.norm.reference(
         x, algebra.moments_of(x), values["weight"], values["bias"], plan.eps, plan.per_position, torch.float64
     )
     if _differs(found, expected):
-        return f"forward of {type(norm).__name__} does not compute {'LayerNorm per position' if plan.per_position else 'GroupNorm(1)'}"
+        expected_norm = "LayerNorm per position" if plan.per_position else "GroupNorm(1)"
+        return f"forward of {type(norm).__name__} does not compute {expected_norm}"
     return None
 
 
 def _probe_embed(module: nn.Module, plan: EmbedPlan, generator: torch.Generator) -> str | None:
     twin, values = _hard(module, generator)
     size = (2, plan.in_channels, plan.kernel[0] + plan.stride, plan.kernel[1])
-    x = torch.randn(size, generator=generator, dtype=torch.float64).to(module.proj.weight.device)
+    x = torch.randn(size, generator=generator, dtype=torch.float64).to(_device(module))
     found = twin.forward(x)
     expected = nn.functional.conv2d(x, values["proj.weight"], values.get("proj.bias"), plan.stride, plan.padding)
-    return f"forward of {type(module).__name__} does not compute its convolution" if _differs(found, expected) else None
+    if _differs(found, expected):
+        return f"forward of {type(module).__name__} does not compute its convolution"
+    return None
 
 
 def _probe_head(head: nn.Module, plan: HeadPlan, generator: torch.Generator) -> str | None:
     twin, values = _hard(head, generator)
-    x = _tokens(plan.channels, generator, head.fc.weight.device)
+    x = _tokens(plan.channels, generator, _device(head))
     found = twin.forward((torch.zeros_like(x), x))
     if _differs(found, nn.functional.linear(x.mean((2, 3)), values["fc.weight"], values.get("fc.bias"))):
         return f"forward of {type(head).__name__} does not compute fc(mean of the last features)"
@@ -138,7 +101,7 @@ def _probe_head(head: nn.Module, plan: HeadPlan, generator: torch.Generator) -> 
 
 def _probe(module: nn.Module, plan: Any, ask: Callable[..., str | None]) -> str | None:
     """The answer for this combination of classes, sizes and settings, from memory if it was asked before."""
-    settings = tuple(value for field, value in vars(plan).items() if field not in ("name", "index", "kind"))
+    settings = tuple(value for field, value in vars(plan).items() if field not in ("name", "index", "role"))
     names = tuple((name, parameter.shape) for name, parameter in module.named_parameters())
     key = (ask.__name__, *(type(inner) for inner in module.modules()), settings, names)
     if key not in _answers:
@@ -146,7 +109,7 @@ def _probe(module: nn.Module, plan: Any, ask: Callable[..., str | None]) -> str 
         try:
             with (
                 torch.no_grad(),
-                torch.autocast(_device_type(module), enabled=False),
+                torch.autocast(_device(module).type, enabled=False),
                 torch.random.fork_rng(devices=[]),
             ):
                 answer = ask(module, plan, generator)
@@ -158,11 +121,11 @@ def _probe(module: nn.Module, plan: Any, ask: Callable[..., str | None]) -> str 
     return _answers[key]
 
 
-def _device_type(module: nn.Module) -> str:
-    return next(module.parameters()).device.type
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
-def refusals(backbone: nn.Module, plan: BackbonePlan) -> dict[str, str]:
+def refusals(backbone: Backbone, plan: BackbonePlan) -> dict[str, str]:
     """Name and reason of the parts that have the structure but not the expected ``forward``."""
     refused: dict[str, str] = {}
 
@@ -173,11 +136,11 @@ def refusals(backbone: nn.Module, plan: BackbonePlan) -> dict[str, str]:
                 refused[part.name] = reason
 
     record(plan.stem, backbone.patch_embed, _probe_embed)
-    for item, module in zip(plan.network, backbone.network):
+    for item, module in zip(plan.network, backbone.network, strict=True):
         if not isinstance(item, StagePlan):
             record(item, module, _probe_embed)
         elif item.reason is None:
-            for block, inner in zip(item.blocks, module):
+            for block, inner in zip(item.blocks, module, strict=True):
                 record(block, inner, _probe_block)
     for norm in plan.norms:
         if norm.reason is None:

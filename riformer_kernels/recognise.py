@@ -1,153 +1,21 @@
 """Recognising a RIFormer by its structure, and saying for every part of it whether it can be fused, or why not.
 
-Nothing here imports mmpretrain or the reference implementation: a backbone is what has the attributes of mmpretrain's
-``RIFormer`` (``patch_embed.proj``, ``network``, ``out_indices``, ``norm{i}``; in a block ``norm1`` and
-``token_mixer.affine`` or ``norm_reparam``, ``norm2``, ``mlp``, ``layer_scale_1/2``). ``describe`` reads structure only
-and runs nothing; that the modules' ``forward`` is the expected function is established by ``probe``.
+Nothing here imports mmpretrain or the reference implementation. A backbone is what has the attributes of mmpretrain's
+``RIFormer``: ``patch_embed.proj``, ``network``, ``out_indices`` and ``norm{i}``. Those of a block are in
+``block_kind``. ``describe`` reads structure only and runs nothing. That a module's ``forward`` is the expected function
+is for ``probe`` to find out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import nn
 
-HOOKS = {
-    "_forward_pre_hooks": "forward pre-hook",
-    "_forward_hooks": "forward hook",
-    "_backward_pre_hooks": "backward pre-hook",
-    "_backward_hooks": "backward hook",
-}
-_BLOCK_CHILDREN = {"norm_reparam", "norm1", "token_mixer", "norm2", "mlp", "drop_path"}
-_MLP_CHILDREN = {"fc1", "act", "fc2", "drop"}
-
-
-@dataclass(frozen=True)
-class EmbedPlan:
-    """The stem or a downsampling convolution. ``reason``: why it cannot be fused, None when it can."""
-
-    name: str
-    kind: str  # "stem" or "downsample"
-    in_channels: int
-    channels: int
-    kernel: tuple[int, int]
-    stride: int
-    padding: int
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """One block. ``per_position``: LayerNorm over the channels of each position, in place of GroupNorm(1)."""
-
-    name: str
-    channels: int
-    hidden: int
-    deployed: bool
-    per_position: bool
-    eps1: float
-    eps2: float
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """A sequence of blocks. ``reason`` concerns the sequence itself; then no block of it is fused."""
-
-    name: str
-    blocks: tuple[BlockPlan, ...]
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class NormPlan:
-    """The norm of the features at position ``index`` of the network."""
-
-    name: str
-    index: int
-    channels: int
-    per_position: bool
-    eps: float
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class HeadPlan:
-    """Average pooling and the classifier ``head.fc`` of the module itself."""
-
-    name: str
-    channels: int
-    classes: int
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class BackbonePlan:
-    """Everything ``forward`` does, in order; ``norms`` holds one entry per output, keyed by position."""
-
-    stem: EmbedPlan
-    network: tuple[StagePlan | EmbedPlan, ...]
-    norms: tuple[NormPlan, ...]
-    head: HeadPlan | None
-
-    def parts(self) -> Iterator[EmbedPlan | BlockPlan | NormPlan | HeadPlan]:
-        """Every part that is fused or not, in order; a stage's reason is passed on to its blocks."""
-        yield self.stem
-        for item in self.network:
-            if isinstance(item, StagePlan):
-                for block in item.blocks:
-                    yield block if item.reason is None or block.reason else replace(block, reason=item.reason)
-            else:
-                yield item
-        yield from self.norms
-        if self.head is not None:
-            yield self.head
-
-    def reasons(self) -> dict[str, str]:
-        """Name of each part that cannot be fused (relative to the backbone), and why."""
-        return {part.name: part.reason for part in self.parts() if part.reason is not None}
-
-    def refuse(self, refused: dict[str, str]) -> BackbonePlan:
-        """The same plan with the parts named in ``refused`` (name to reason) marked as not fusable."""
-        if not refused:
-            return self
-
-        def mark(part):
-            if isinstance(part, StagePlan):
-                part = replace(part, blocks=tuple(mark(block) for block in part.blocks))
-            return replace(part, reason=refused[part.name]) if part.name in refused and part.reason is None else part
-
-        norms = tuple(mark(norm) for norm in self.norms)
-        head = None if self.head is None else mark(self.head)
-        if head is not None and head.reason is None and norms[-1].reason is not None:
-            head = replace(head, reason="the norm before it is not fused")
-        return BackbonePlan(mark(self.stem), tuple(mark(item) for item in self.network), norms, head)
-
-
-def child(module: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at a dotted path, through registered children only (no ``__getattr__`` of wrappers), or None."""
-    for name in path.split("."):
-        module = module._modules.get(name) if isinstance(module, nn.Module) else None
-    return module
-
-
-def parameter(module: nn.Module, name: str) -> torch.Tensor | None:
-    """A parameter of the module itself; plain tensor attributes count on DataParallel replicas only, where all are."""
-    found = module._parameters.get(name)
-    return module.__dict__.get(name) if found is None and module.__dict__.get("_is_replica") else found
-
-
-def is_block(module: nn.Module | None) -> bool:
-    """Whether a module has the children and parameters of a RIFormer block, whatever their types."""
-    if not isinstance(module, nn.Module):
-        return False
-    mixer = child(module, "norm_reparam") is not None or (
-        child(module, "norm1") is not None and child(module, "token_mixer.affine") is not None
-    )
-    mlp = all(child(module, name) is not None for name in ("norm2", "mlp.fc1", "mlp.act", "mlp.fc2"))
-    return mixer and mlp and all(hasattr(module, name) for name in ("layer_scale_1", "layer_scale_2"))
+from .block_kind import BlockKind, kind_of, norm1_path, unexpected_children
+from .modules import HOOKS, Backbone, child, parameter
+from .plan import BackbonePlan, BlockPlan, EmbedPlan, HeadPlan, NormPlan, StagePlan
 
 
 def why_not_backbone(module: nn.Module) -> str | None:
@@ -160,16 +28,18 @@ def why_not_backbone(module: nn.Module) -> str | None:
     if not isinstance(module.__dict__.get("out_indices"), (list, tuple)):
         return "has no out_indices"
     blocks = [block for stage in network if isinstance(stage, nn.Sequential) for block in stage]
-    if not any(is_block(block) for block in blocks):
+    if not any(kind_of(block) for block in blocks):
         mixer = child(blocks[0], "token_mixer") if blocks else None
         found = "" if mixer is None else f" (its token mixer is {type(mixer).__name__})"
         return f"none of its {len(blocks)} blocks has RIFormer's norm_reparam, or norm1 with token_mixer.affine{found}"
     return None
 
 
-def find(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All RIFormer backbones in a module, each once, as (dotted name, module); the module itself has the name ``""``."""
-    return [(name, module) for name, module in model.named_modules() if why_not_backbone(module) is None]
+def find(model: nn.Module) -> list[tuple[str, Backbone]]:
+    """All RIFormer backbones in a module, each once, as (dotted name, module). The module's own name is ``""``."""
+    return [
+        (name, cast("Backbone", module)) for name, module in model.named_modules() if why_not_backbone(module) is None
+    ]
 
 
 def hook_reason(module: nn.Module, name: str = "") -> str | None:
@@ -241,7 +111,7 @@ def _norm(module: nn.Module, name: str, channels: int) -> tuple[bool, float, str
     elif isinstance(module, nn.LayerNorm):
         if type(module).forward is nn.LayerNorm.forward:
             return True, module.eps, f"{name} is a plain nn.LayerNorm, which normalises the width of NCHW, not channels"
-        found, per_position = module.normalized_shape[0] if len(module.normalized_shape) == 1 else None, True
+        found, per_position = module.normalized_shape[0] if len(module.normalized_shape) == 1 else 0, True
     else:
         return False, 0.0, f"{name} is {kind}; only GroupNorm with one group and LayerNorm over channels can be fused"
     if found != channels:
@@ -254,7 +124,10 @@ def _norm(module: nn.Module, name: str, channels: int) -> tuple[bool, float, str
 def _width_reason(channels: int, multiple: int, what: str = "channels") -> str | None:
     if channels % multiple == 0:
         return None
-    return f"{channels} {what}: the native kernels need a multiple of {multiple}; use backend='reference' for plain PyTorch"
+    return (
+        f"{channels} {what}: the native kernels need a multiple of {multiple}; "
+        "use backend='reference' for plain PyTorch"
+    )
 
 
 def _dropping(module: nn.Module | None, name: str) -> str | None:
@@ -264,7 +137,7 @@ def _dropping(module: nn.Module | None, name: str) -> str | None:
     if isinstance(module, nn.Dropout):
         rate = module.p
     elif "drop_prob" in module.__dict__:
-        rate = module.drop_prob or 0.0
+        rate = module.__dict__["drop_prob"] or 0.0
     else:
         return f"{name} is {type(module).__name__}, expected Dropout, DropPath or Identity"
     if rate > 0 and module.training:
@@ -272,55 +145,63 @@ def _dropping(module: nn.Module | None, name: str) -> str | None:
     return None
 
 
-def _block_structure(block: nn.Module, multiple: int) -> str | None:
+def _block_structure(block: nn.Module, kind: BlockKind, multiple: int) -> str | None:
     """The first reason that does not concern the norms."""
-    for holder, path, known in ((block, "", _BLOCK_CHILDREN), (child(block, "mlp"), "mlp.", _MLP_CHILDREN)):
-        extra = [path + name for name, inner in holder._modules.items() if inner is not None and name not in known]
-        if extra:
-            return f"has children that a RIFormer block does not have: {', '.join(extra)}"
-    fc1, fc2, act = child(block, "mlp.fc1"), child(block, "mlp.fc2"), child(block, "mlp.act")
-    reason = _pointwise_reason(fc1, "mlp.fc1") or _pointwise_reason(fc2, "mlp.fc2")
+    extra = unexpected_children(kind, block)
+    if extra:
+        return f"has children that a RIFormer block does not have: {', '.join(extra)}"
+    fc1, fc2, act = child(block, kind.fc1), child(block, kind.fc2), child(block, kind.act)
+    reason = _pointwise_reason(fc1, kind.fc1) or _pointwise_reason(fc2, kind.fc2)
     if reason:
         return reason
     if not isinstance(act, nn.GELU) or type(act).forward is not nn.GELU.forward:
-        return f"mlp.act is {type(act).__name__}, only exact (erf) GELU can be fused"
+        return f"{kind.act} is {type(act).__name__}, only exact (erf) GELU can be fused"
     if act.approximate != "none":
-        return f"mlp.act is GELU(approximate={act.approximate!r}), only exact (erf) GELU can be fused"
+        return f"{kind.act} is GELU(approximate={act.approximate!r}), only exact (erf) GELU can be fused"
     channels, hidden = fc1.in_channels, fc1.out_channels
     if (fc2.in_channels, fc2.out_channels) != (hidden, channels):
-        return f"mlp.fc2 maps {fc2.in_channels} to {fc2.out_channels} channels, expected {hidden} to {channels}"
+        return f"{kind.fc2} maps {fc2.in_channels} to {fc2.out_channels} channels, expected {hidden} to {channels}"
     reason = _width_reason(channels, multiple) or _width_reason(hidden, multiple, "hidden channels")
-    for name in ("layer_scale_1", "layer_scale_2"):
+    for name in (kind.layer_scale_1, kind.layer_scale_2):
         scale = parameter(block, name)
         if scale is None or tuple(scale.shape) != (channels,):
             reason = reason or f"{name} is not a parameter of shape [{channels}]"
-    drops = (("drop_path", child(block, "drop_path")), ("mlp.drop", child(block, "mlp.drop")))
-    return reason or next(filter(None, (_dropping(module, name) for name, module in drops)), None)
+    dropping = (_dropping(child(block, path), path) for path in kind.drops)
+    return reason or next((found for found in dropping if found), None)
+
+
+def _affine_reason(block: nn.Module, path: str, channels: int) -> str | None:
+    """Why the affine in a token mixer cannot be folded into the norm before it."""
+    holder = path.rpartition(".")[0]
+    mixer, affine = child(block, holder), child(block, path)
+    reason = _pointwise_reason(affine, path, groups=channels)
+    if reason is None and (len(mixer._modules) != 1 or affine.in_channels != channels):
+        reason = f"{holder} is not one depthwise convolution over {channels} channels"
+    return reason
 
 
 def describe_block(block: nn.Module, name: str, multiple: int = 8) -> BlockPlan:
     """The plan of one block; ``multiple``: what the kernels need the channels to be a multiple of."""
-    if not is_block(block):
-        return BlockPlan(name, 0, 0, False, False, 0.0, 0.0, f"{type(block).__name__} is not a RIFormer block")
-    reason = hook_reason(block) or _overridden(block) or _block_structure(block, multiple)
-    fc1 = child(block, "mlp.fc1")
+    kind = kind_of(block)
+    if kind is None:
+        return BlockPlan(name, None, 0, 0, False, 0.0, 0.0, f"{type(block).__name__} is not a RIFormer block")
+    reason = hook_reason(block) or _overridden(block) or _block_structure(block, kind, multiple)
+    fc1 = child(block, kind.fc1)
     channels, hidden = getattr(fc1, "in_channels", 0), getattr(fc1, "out_channels", 0)
-    deployed = child(block, "norm_reparam") is not None
-    first = "norm_reparam" if deployed else "norm1"
-    per_position, eps1, first_reason = _norm(child(block, first), first, channels)
-    per_position_2, eps2, second_reason = _norm(child(block, "norm2"), "norm2", channels)
+    per_position, eps2, second_reason = _norm(child(block, kind.norm2), kind.norm2, channels)
+    eps1, first_reason = 0.0, None
+    norm1 = norm1_path(kind)
+    if norm1 is not None:
+        per_position_1, eps1, first_reason = _norm(child(block, norm1), norm1, channels)
+        if first_reason is None and second_reason is None and per_position_1 != per_position:
+            second_reason = f"{norm1} and {kind.norm2} are of different kinds"
     reason = reason or first_reason or second_reason
-    if reason is None and per_position != per_position_2:
-        reason = f"{first} and norm2 are of different kinds"
-    if reason is None and not deployed:
-        mixer = child(block, "token_mixer")
-        reason = _pointwise_reason(child(mixer, "affine"), "token_mixer.affine", groups=channels)
-        if reason is None and (len(mixer._modules) != 1 or mixer.affine.in_channels != channels):
-            reason = f"token_mixer is not one depthwise convolution over {channels} channels"
-    return BlockPlan(name, channels, hidden, deployed, per_position, eps1, eps2, reason)
+    if reason is None and kind.affine is not None and kind.fuses_first_half:
+        reason = _affine_reason(block, kind.affine, channels)
+    return BlockPlan(name, kind, channels, hidden, per_position, eps1, eps2, reason)
 
 
-def _describe_embed(module: nn.Module, name: str, kind: str, multiple: int) -> EmbedPlan:
+def _describe_embed(module: nn.Module, name: str, role: str, multiple: int) -> EmbedPlan:
     conv = child(module, "proj")
     reason = hook_reason(module) or _overridden(module) or _conv_reason(conv, "proj")
     norm = child(module, "norm")
@@ -330,7 +211,7 @@ def _describe_embed(module: nn.Module, name: str, kind: str, multiple: int) -> E
     if reason is None and extra:
         reason = f"has children that a patch embedding does not have: {', '.join(sorted(extra))}"
     if not isinstance(conv, nn.Conv2d):
-        return EmbedPlan(name, kind, 0, 0, (0, 0), 0, 0, reason)
+        return EmbedPlan(name, role, 0, 0, (0, 0), 0, 0, reason)
     stride, padding = conv.stride[0], conv.padding[0] if isinstance(conv.padding, tuple) else -1
     if reason is None:
         if conv.groups != 1 or tuple(conv.dilation) != (1, 1) or conv.padding_mode != "zeros":
@@ -338,10 +219,11 @@ def _describe_embed(module: nn.Module, name: str, kind: str, multiple: int) -> E
         elif conv.stride != (stride, stride) or conv.padding != (padding, padding):
             reason = f"proj has stride {conv.stride} and padding {conv.padding}, expected square ones"
     reason = reason or _width_reason(conv.out_channels, multiple)
-    return EmbedPlan(name, kind, conv.in_channels, conv.out_channels, conv.kernel_size, stride, padding, reason)
+    kernel = (conv.kernel_size[0], conv.kernel_size[1])
+    return EmbedPlan(name, role, conv.in_channels, conv.out_channels, kernel, stride, padding, reason)
 
 
-def _describe_head(backbone: nn.Module, last: NormPlan | None) -> HeadPlan | None:
+def _describe_head(backbone: Backbone, last: NormPlan | None) -> HeadPlan | None:
     head = child(backbone, "head")
     if head is None:
         return None
@@ -353,14 +235,17 @@ def _describe_head(backbone: nn.Module, last: NormPlan | None) -> HeadPlan | Non
         reason = f"fc is {type(fc).__name__}, whose forward is not nn.Linear's"
     if reason is None and (len(head._modules) != 1 or any(True for _ in head.parameters(recurse=False))):
         reason = f"head has more than 'fc': {', '.join(head._modules)}"
-    if reason is None and (last is None or last.reason is not None):
-        reason = "the norm before it is not fused" if last else "the last position is not in out_indices"
-    if reason is None and fc.in_features != last.channels:
-        reason = f"fc has {fc.in_features} inputs, expected {last.channels}"
+    if reason is None and last is None:
+        reason = "the last position is not in out_indices"
+    if reason is None and last is not None:
+        if last.reason is not None:
+            reason = "the norm before it is not fused"
+        elif fc.in_features != last.channels:
+            reason = f"fc has {fc.in_features} inputs, expected {last.channels}"
     return HeadPlan("head", fc.in_features, fc.out_features, reason)
 
 
-def describe(backbone: nn.Module, multiple: int = 8) -> BackbonePlan:
+def describe(backbone: Backbone, multiple: int = 8) -> BackbonePlan:
     """What the fused forward of a backbone would do, and for every part the reason if it cannot be fused, as of now.
 
     Args:
@@ -368,7 +253,7 @@ def describe(backbone: nn.Module, multiple: int = 8) -> BackbonePlan:
         multiple: what the backend's kernels need the channels to be a multiple of (1: anything).
     """
     network: list[StagePlan | EmbedPlan] = []
-    width = {}
+    width: dict[int, int] = {}  # channels, by position of the network
     for index, item in enumerate(backbone.network):
         name = f"network.{index}"
         if isinstance(item, nn.Sequential):
@@ -381,8 +266,9 @@ def describe(backbone: nn.Module, multiple: int = 8) -> BackbonePlan:
             network.append(StagePlan(name, blocks, reason))
             width[index] = blocks[-1].channels if blocks else width.get(index - 1, 0)
         else:
-            network.append(_describe_embed(item, name, "downsample", multiple))
-            width[index] = network[-1].channels
+            downsample = _describe_embed(item, name, "downsample", multiple)
+            network.append(downsample)
+            width[index] = downsample.channels
     norms = []
     for index in sorted(set(backbone.out_indices)):
         name = f"norm{index}"
@@ -394,7 +280,5 @@ def describe(backbone: nn.Module, multiple: int = 8) -> BackbonePlan:
         reason = hook_reason(norm) or _overridden(norm) or reason
         norms.append(NormPlan(name, index, width[index], per_position, eps, reason))
     last = norms[-1] if norms and norms[-1].index == len(network) - 1 else None
-    return BackbonePlan(
-        _describe_embed(backbone.patch_embed, "patch_embed", "stem", multiple),
-        tuple(network), tuple(norms), _describe_head(backbone, last),
-    )  # fmt: skip
+    stem = _describe_embed(backbone.patch_embed, "patch_embed", "stem", multiple)
+    return BackbonePlan(stem, tuple(network), tuple(norms), _describe_head(backbone, last))

@@ -83,10 +83,9 @@ def count_ops(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
             return call
 
-        names = ("moments", "embed", "block", "block_", "norm", "head")
         plain = backends.ALL[backend]
-        wrapped = {name: counted(name, getattr(plain, name)) for name in names}
-        monkeypatch.setitem(backends.ALL, backend, dataclasses.replace(plain, **wrapped))
+        wrapped = {name: counted(name, function) for name, function in plain.ops.items()}
+        monkeypatch.setitem(backends.ALL, backend, dataclasses.replace(plain, ops=wrapped))
 
     def count(function: Callable[[], object]) -> Counter[str]:
         calls.clear()

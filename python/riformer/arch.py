@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Union
+from typing import Any
 
 __all__ = ["ARCHS", "Arch", "ArchLike", "resolve_arch"]
 
@@ -57,7 +57,7 @@ class Arch:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
-ArchLike = Union[str, Mapping[str, Any], Arch]
+ArchLike = str | Mapping[str, Any] | Arch
 
 _S, _M, _R = (64, 128, 320, 512), (96, 192, 384, 768), (4, 4, 4, 4)
 ARCHS: dict[str, Arch] = {

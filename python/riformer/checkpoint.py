@@ -18,8 +18,8 @@ from typing import Any, Union
 import torch
 from torch import Tensor, nn
 
+from .infer import CheckpointInfo, clean_name, describe, few, infer_arch
 from .model import RIFormer, fold_affine
-from .recognise import CheckpointInfo, clean_name, describe, few, infer_arch
 from .safe_pickle import CheckpointError, load_pickle
 
 __all__ = [

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..ops import ALL as OPS
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Backend:
     """One implementation of the ops.
 
@@ -20,7 +22,7 @@ class Backend:
         dtypes: dtypes of the tokens.
         unusable: why it cannot be used on this machine, or None; asked each time, so that a repaired install shows.
         detail: one line for ``info`` and for reports, such as the instruction set chosen.
-        moments, embed, block, block_, norm, head: the ops, with the signatures of ``riformer_kernels.ops``.
+        ops: the callable for each op of ``riformer_kernels.ops.ALL``, by the op's name and with its signature.
         refuses: why one device of a served type is not served all the same (an older GPU), or None; without it all are.
         compiles: whether kernels are compiled when they are first used, so that ``patch`` had better use them.
     """
@@ -31,14 +33,13 @@ class Backend:
     dtypes: tuple[torch.dtype, ...]
     unusable: Callable[[], str | None]
     detail: Callable[[], str]
-    moments: Callable[..., Any]
-    embed: Callable[..., Any]
-    block: Callable[..., Any]
-    block_: Callable[..., Any]
-    norm: Callable[..., Any]
-    head: Callable[..., Any]
+    ops: Mapping[str, Callable[..., Any]]
     refuses: Callable[[torch.device], str | None] | None = None
     compiles: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ops.keys() != OPS.keys():
+            raise TypeError(f"backend {self.name!r} has the ops {sorted(self.ops)}, expected {sorted(OPS)}")
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """None when tokens of ``dtype`` on ``device`` are served, otherwise the reason."""

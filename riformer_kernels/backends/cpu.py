@@ -91,5 +91,5 @@ BACKEND = Backend(
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     unusable=unusable,
     detail=detail,
-    **overloads(NAMESPACE, ops.ALL),
+    ops=overloads(NAMESPACE, ops.ALL),
 )

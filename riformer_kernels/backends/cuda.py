@@ -1,7 +1,7 @@
-"""The CUDA backend: ``csrc/cuda`` built into a library of its own, whose ops are those of the ``riformer_cuda`` namespace.
+"""The CUDA backend: ``csrc/cuda`` built into a library of its own.
 
-``riformer``'s CUDA kernels are Triton's. Which of the two is faster where has not been measured on a GPU; until then
-"auto" takes these only where Triton is not usable.
+Its kernels serve the ops of the ``riformer_cuda`` namespace, as the CUDA kernels of ``riformer`` are Triton's. Which of
+the two is faster where has not been measured on a GPU; until then "auto" takes these only where Triton is not usable.
 """
 
 from __future__ import annotations
@@ -101,5 +101,5 @@ BACKEND = Backend(
     unusable=unusable,
     detail=_devices.current,
     refuses=why_not_device,
-    **overloads(CUDA_NAMESPACE, ops.ALL),
+    ops=overloads(CUDA_NAMESPACE, ops.ALL),
 )

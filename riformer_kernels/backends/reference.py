@@ -14,10 +14,5 @@ BACKEND = Backend(
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     unusable=lambda: None,
     detail=lambda: "plain PyTorch",
-    moments=ops.moments.reference,
-    embed=ops.embed.reference,
-    block=ops.block.reference,
-    block_=ops.block.reference_in_place,
-    norm=ops.norm.reference,
-    head=ops.head.reference,
+    ops={name: op.reference for name, op in ops.ALL.items()},
 )

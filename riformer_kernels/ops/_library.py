@@ -1,9 +1,9 @@
 """How an op is registered: schema, fake, plain-PyTorch reference, gradient.
 
-An op is defined once and registered in several namespaces, as one dispatch key of one namespace has room for one kernel:
-``riformer`` has the CPU's and Triton's, ``riformer_cuda`` those in CUDA C++. The schemas live in Python so that they
-exist without a compiler; a native library adds its kernels for its own dispatch key. An op without a native kernel on
-a device fails there with PyTorch's own "not implemented for this backend" error: the reference is never a silent
+An op is defined once and registered in several namespaces, as one dispatch key of one namespace has room for one
+kernel: ``riformer`` has the CPU's and Triton's, ``riformer_cuda`` those in CUDA C++. The schemas live in Python so that
+they exist without a compiler; a native library adds its kernels for its own dispatch key. An op without a kernel on a
+device fails there with PyTorch's own "not implemented for this backend" error, as the reference is never a silent
 substitute. Whoever wants the reference asks for it by name (``backend="reference"``).
 """
 
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from ..errors import InputError
 
 NAMESPACE = "riformer"
 CUDA_NAMESPACE = "riformer_cuda"
@@ -37,6 +39,11 @@ class Op:
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     in_place: bool = False
+
+    @property
+    def file(self) -> str:
+        """Name of the files that hold the op, here and in a backend: ``block_`` shares those of ``block``."""
+        return self.name.removesuffix("_")
 
 
 def register(namespace: str, ops: Iterable[Op]) -> torch.library.Library:
@@ -66,9 +73,8 @@ def _register_in_place(qualified: str, library: torch.library.Library) -> None:
     namespace, name = qualified.split("::")
     overload = overloads(namespace, [name])[name]
 
-    def autograd(keys: torch.DispatchKeySet, *arguments: torch.Tensor | float | bool | None) -> None:
-        """It overwrites what a gradient would need. Where gradients are due that is an error, not a result without
-        them."""
+    def autograd(keys: torch.DispatchKeySet, *arguments: Any) -> None:
+        """The op overwrites what its gradient would need, so it raises where a gradient is due."""
         if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
             raise RuntimeError(
                 f"{qualified} has no gradient, and an argument requires one; call {qualified.rstrip('_')}, or this one "
@@ -77,7 +83,7 @@ def _register_in_place(qualified: str, library: torch.library.Library) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             overload.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
-    def version(keys: torch.DispatchKeySet, *arguments: torch.Tensor | float | bool | None) -> None:
+    def version(keys: torch.DispatchKeySet, *arguments: Any) -> None:
         """Count the write, so that a backward that has saved ``x`` or ``moments`` notices."""
         for written in arguments[:2]:
             if written is not None:
@@ -99,22 +105,24 @@ def _register_recomputed_gradient(
 
     def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        inputs = [next(saved) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others)]
+        inputs = [
+            next(saved) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
+        ]
         wanted = [index for index, needed in enumerate(ctx.needs_input_grad) if needed and ctx.is_tensor[index]]
 
         def recompute(*leaves: torch.Tensor) -> Any:
             arguments = list(inputs)
-            for index, leaf in zip(wanted, leaves):
+            for index, leaf in zip(wanted, leaves, strict=True):
                 arguments[index] = leaf
             return reference(*arguments)
 
-        outputs, pullback = torch.func.vjp(recompute, *(inputs[index] for index in wanted))
+        outputs, pullback = torch.func.vjp(recompute, *(inputs[index] for index in wanted))[:2]
         if isinstance(outputs, torch.Tensor):
             cotangents: Any = _filled(grad_outputs[0], outputs)
         else:
-            cotangents = tuple(_filled(grad, out) for grad, out in zip(grad_outputs, outputs))
+            cotangents = tuple(_filled(grad, out) for grad, out in zip(grad_outputs, outputs, strict=True))
         gradients: list[torch.Tensor | None] = [None] * len(inputs)
-        for index, gradient in zip(wanted, pullback(cotangents)):
+        for index, gradient in zip(wanted, pullback(cotangents), strict=True):
             gradients[index] = gradient
         return tuple(gradients)
 
@@ -123,6 +131,13 @@ def _register_recomputed_gradient(
 
 def _filled(grad: torch.Tensor | None, output: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(output) if grad is None else grad.to(output.dtype)
+
+
+def needed(moments: torch.Tensor | None) -> torch.Tensor:
+    """The moments that GroupNorm with one group cannot do without."""
+    if moments is None:
+        raise InputError("GroupNorm with one group needs the moments of the tokens; only per_position does without")
+    return moments
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -34,7 +34,8 @@ def reference(
         moments: whether to compute the moments.
 
     Returns:
-        tokens [B, C, OH, OW] in ``dtype``, in the device's token layout whatever ``x``'s, and moments [B, 2, C] in float32 ([B, 2, 0] when not asked for).
+        tokens [B, C, OH, OW] in ``dtype``, in the device's token layout whatever that of ``x`` is, and moments
+        [B, 2, C] in float32 ([B, 2, 0] when not asked for).
     """
     work = working_dtype(dtype)
     bias = None if bias is None else bias.to(work)

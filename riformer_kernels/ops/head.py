@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import algebra
-from ._library import Op, working_dtype
+from ._library import Op, needed, working_dtype
 
 SCHEMA = (
     "(Tensor x, Tensor? moments, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc_weight, Tensor? fc_bias,"
@@ -43,8 +43,9 @@ def reference(
     if per_position:
         pooled = algebra.position_norm(x.to(work), weight, bias, eps).mean(dim=(2, 3))
     else:
-        mu, rstd = algebra.group_statistics(moments.to(work), x.shape[2] * x.shape[3], eps)
-        pooled = (moments[:, 0].to(work) - mu) * rstd * weight + bias
+        moments = needed(moments).to(work)
+        mu, rstd = algebra.group_statistics(moments, x.shape[2] * x.shape[3], eps)
+        pooled = (moments[:, 0] - mu) * rstd * weight + bias
     return F.linear(pooled, fc_weight.to(work), None if fc_bias is None else fc_bias.to(work)).to(dtype)
 
 

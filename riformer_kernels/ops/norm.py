@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import algebra
-from ._library import Op, memory_format_of, working_dtype
+from ._library import Op, memory_format_of, needed, working_dtype
 
 SCHEMA = (
     "(Tensor x, Tensor? moments, Tensor weight, Tensor bias, float eps, bool per_position, ScalarType dtype) -> Tensor"
@@ -30,7 +30,7 @@ def reference(
     if per_position:
         out = algebra.position_norm(x.to(work), weight.to(work), bias.to(work), eps)
     else:
-        out = algebra.group_norm(x.to(work), moments.to(work), weight.to(work), bias.to(work), eps)
+        out = algebra.group_norm(x.to(work), needed(moments).to(work), weight.to(work), bias.to(work), eps)
     return out.to(dtype).contiguous(memory_format=memory_format_of(x))
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import riformer
 import torch
+from riformer_cli import _output, bench, info, main, parser
 from support_cli import COMMANDS, EXACT, ROOT, Terminal, checkpoint, environment, photos, tiny  # noqa: F401
 from support_riformer import one_thread  # noqa: F401
 
 import riformer_kernels
 from riformer_kernels import backends, machine
-from riformer_kernels.cli import _output, bench, info, main, parser
 
 # ------------------------------------------------------------------------------------------------- the tool as a whole
 
@@ -59,18 +62,39 @@ def test_usage_errors_are_2(arguments: list[str], says: str, capsys: pytest.Capt
     assert not out and says in err and "Traceback" not in err
 
 
-def test_help_needs_no_torch() -> None:
-    """With the package's own ``__init__`` out of the way: the command line's modules import torch only to run."""
-    code = (
-        "import sys, types\n"
-        f"package = types.ModuleType('riformer_kernels'); package.__path__ = [{str(ROOT / 'riformer_kernels')!r}]\n"
-        "sys.modules['riformer_kernels'] = package\n"
-        "from riformer_kernels.cli import main\n"
-        "assert main(['predict', '--help']) == 0 and main(['bench', '--batch', 'x']) == 2\n"
-        "heavy = sorted({'torch', 'numpy', 'rich', 'PIL', 'riformer'} & set(sys.modules)); assert not heavy, heavy\n"
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["bench", "--batch", "x"], 2),
+        *(([name, "--help"], 0) for name in COMMANDS),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_words_need_no_torch(arguments: list[str], code: int) -> None:
+    """Help, version and usage errors come at once: what takes seconds to import is imported by commands that run."""
+    program = (
+        f"import sys; from riformer_cli import main; code = main({arguments!r})\n"
+        "heavy = {'torch', 'numpy', 'rich', 'PIL', 'riformer', 'riformer_kernels'} & set(sys.modules)\n"
+        "assert not heavy, sorted(heavy)\n"
+        "sys.exit(code)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", program]
+    start = time.perf_counter()
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    elapsed = time.perf_counter() - start
+    assert done.returncode == code, done.stderr
+    assert elapsed < 1.5, f"{elapsed:.2f} s, expected about 0.2 s"
+
+
+def test_the_script_and_python_m_are_this_command_line() -> None:
+    scripts = re.search(r"^riformer-kernels = \"(\S+):(\S+)\"$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert getattr(importlib.import_module(scripts[1]), scripts[2]) is main
+    done = subprocess.run(
+        [sys.executable, "-m", "riformer_kernels", "--version"], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout == f"riformer-kernels {riformer_kernels.__version__}\n"
 
 
 def test_python_m_and_a_reader_that_leaves() -> None:
@@ -238,7 +262,7 @@ def test_verify_fails_with_1(
     checkpoint: str, backend: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = backends.ALL[backend]
-    wrong = dataclasses.replace(plain, head=lambda *a: plain.head(*a) * 1.001)
+    wrong = dataclasses.replace(plain, ops={**plain.ops, "head": lambda *a: plain.ops["head"](*a) * 1.001})
     monkeypatch.setitem(backends.ALL, backend, wrong)
     arguments = ["verify", "--checkpoint", checkpoint, "--backend", backend, *QUICK, "--dtype", "float32"]
     assert main(arguments) == 1
@@ -324,7 +348,11 @@ def test_bench_verifies_first(
     backend: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = backends.ALL[backend]
-    monkeypatch.setitem(backends.ALL, backend, dataclasses.replace(plain, head=lambda *a: plain.head(*a) * 1.001))
+    monkeypatch.setitem(
+        backends.ALL,
+        backend,
+        dataclasses.replace(plain, ops={**plain.ops, "head": lambda *a: plain.ops["head"](*a) * 1.001}),
+    )
     assert main([*BENCH, "--backend", backend]) == 1
     out, err = capsys.readouterr()
     assert not out and "error-ratio rule" in err

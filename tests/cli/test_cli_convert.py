@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import riformer
 import torch
+from riformer_cli import main
 from support_cli import checkpoint, tiny  # noqa: F401
 from support_riformer import one_thread  # noqa: F401
-
-from riformer_kernels.cli import main
 
 
 class Malicious:

@@ -13,10 +13,9 @@ import pytest
 import riformer
 import torch
 from PIL import Image
+from riformer_cli import _images, _output, main
 from support_cli import EXACT, checkpoint, photos, pixels, probabilities, softmax, tiny  # noqa: F401
 from support_riformer import one_thread  # noqa: F401
-
-from riformer_kernels.cli import _images, _output, main
 
 
 def test_predict_is_the_model_on_the_pixels(
@@ -32,7 +31,7 @@ def test_predict_is_the_model_on_the_pixels(
     assert [Path(entry["image"]).name for entry in found["failed"]] == ["bad.png"] and found["failed"][0]["reason"]
     assert "bad.png: " in err and "3 images classified" in err and "Traceback" not in err
     expected = softmax(tiny(), np.stack([pixels(index) for index in range(3)]))
-    for image, row in zip(found["images"], expected):
+    for image, row in zip(found["images"], expected, strict=True):
         assert probabilities(image) == pytest.approx(row.tolist(), abs=2e-4)
         ranked = [entry["probability"] for entry in image["predictions"]]
         assert ranked == sorted(ranked, reverse=True) and len(ranked) == 10
@@ -232,8 +231,10 @@ def test_image_modes(tmp_path: Path) -> None:
         _images.load(str(tmp_path / "float.tiff"), how)
 
 
-@pytest.mark.parametrize(("arch", "size", "resize"), [("s12", 224, 248), ("m36", 224, 236), ("s24", 384, 426),
-                                                      ("m48", 384, 404), (None, 224, 236), ("s12", 256, 269)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arch", "size", "resize"),
+    [("s12", 224, 248), ("m36", 224, 236), ("s24", 384, 426), ("m48", 384, 404), (None, 224, 236), ("s12", 256, 269)],
+)
 def test_published_sizes_resize_as_evaluated(arch: str | None, size: int, resize: int) -> None:
     assert _images.preprocessing(3, arch, {}, image_size=size).resize == resize
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from conftest import close
 
 from riformer_kernels import patch
+from riformer_kernels.tracing import constant_while_tracing
 
 SMALL = {"layers": [1, 2], "embed_dims": [16, 32]}
 
@@ -90,7 +93,7 @@ def test_compiled_weights_are_not_stale(make, images, backend):
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         compiled(images)
-        for mine, theirs in zip(model.parameters(), other.parameters()):
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
             mine.data.copy_(theirs.data)
         assert close(compiled(images), other(images))
 
@@ -107,7 +110,9 @@ def test_compiled_with_gradients_due(make, images, backend):
         result = compiled(images)
     assert result.requires_grad and any("inference_mode" in str(entry.message) for entry in seen)
     result.sum().backward()
-    assert all(torch.allclose(p.grad, wanted, atol=1e-4) for p, wanted in zip(model.parameters(), expected))
+    assert all(
+        torch.allclose(p.grad, wanted, atol=1e-4) for p, wanted in zip(model.parameters(), expected, strict=True)
+    )
     with torch.no_grad():
         assert close(compiled(images), result)
 
@@ -183,3 +188,23 @@ def test_aot_inductor_package(make, images, backend, tmp_path):
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
         loaded = torch._inductor.aoti_load_package(path)
         assert close(loaded(images), expected) and close(loaded(images[1:]), expected[1:])
+
+
+def test_the_mark_for_tracing_is_the_one_that_torch_sets():
+    def ours() -> None: ...
+
+    def theirs() -> None: ...
+
+    constant_while_tracing(ours)
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) != {}
+
+
+def test_the_import_does_not_bring_the_compiler():
+    """Importing torch._dynamo takes as long as the rest of torch."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import riformer_kernels\n"
+        "print(sorted({'torch._dynamo', 'torch._inductor'} & (set(sys.modules) - before)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "[]\n", done.stdout + done.stderr

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import pickle
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -16,8 +18,10 @@ from riformer.model import RIFormer
 from support_paths import ROOT
 from torch import nn
 
-from riformer_kernels import BackendError, backends, patch, unpatch
-from riformer_kernels.fused import CONFIG, FusedBackbone
+from riformer_kernels import BackendError, PatchError, backends, patch, unpatch
+from riformer_kernels.fused import FusedBackbone, fused_class
+from riformer_kernels.modules import STATE
+from riformer_kernels.patch_state import traced_plan
 
 
 def test_a_deepcopy_uses_its_own_weights(model, make, images, backend, count_ops):
@@ -37,10 +41,42 @@ def test_a_deepcopy_uses_its_own_weights(model, make, images, backend, count_ops
     assert isinstance(unpatched, FusedBackbone), "the copy is patched on its own"
 
 
+def test_a_state_whose_module_is_gone_says_so(make, images, backend):
+    """Two modules with one instance dictionary share a state, which belongs to the first of them."""
+    model = make(num_classes=10)
+    patch(model, backend=backend)
+    twin = type(model).__new__(type(model))
+    twin.__dict__ = dict(vars(model))
+    number = vars(twin)[STATE].number
+    assert traced_plan(number).reasons() == {}
+    with torch.inference_mode():
+        assert torch.equal(twin(images), model(images)) and torch.equal(twin(images), model(images))
+        twin(images)  # the program that the state keeps is the twin's now
+    del model
+    gc.collect()
+    with pytest.raises(PatchError, match=r"is gone.*copy\.deepcopy"):
+        traced_plan(number)
+    alone = pickle.loads(pickle.dumps(vars(twin)[STATE]))
+    with pytest.raises(PatchError, match="is gone"):
+        alone.owner()
+
+
+def test_a_fused_class_lives_as_long_as_the_original():
+    class Own(RIFormer):
+        pass
+
+    made = fused_class(Own)
+    assert fused_class(Own) is made and issubclass(made, Own) and made is not fused_class(RIFormer)
+    classes = weakref.ref(Own), weakref.ref(made)
+    del Own, made
+    gc.collect()
+    assert [reference() for reference in classes] == [None, None]
+
+
 def test_copy_copy(model, images, backend):
     patch(model, backend=backend)
     twin = copy.copy(model)
-    assert vars(twin)[CONFIG] is not vars(model)[CONFIG]
+    assert vars(twin)[STATE] is not vars(model)[STATE]
     with torch.inference_mode():
         assert torch.equal(twin(images), model(images))
     unpatch(twin)
@@ -90,7 +126,7 @@ def test_a_pickle_where_the_backend_is_unusable(model, backend, monkeypatch):
     data = pickle.dumps(model)
     gone = dataclasses.replace(backends.ALL[backend], unusable=lambda: "not built: no compiler")
     monkeypatch.setitem(backends.ALL, backend, gone)
-    with pytest.raises(BackendError, match="saved while patched.*not built.*unpatch"):
+    with pytest.raises(BackendError, match=r"saved while patched.*not built.*unpatch"):
         pickle.loads(data)
 
 
@@ -151,9 +187,7 @@ def test_threads(make, backend):
         start.wait()
         try:
             with torch.inference_mode():
-                for _ in range(10):
-                    if not close(model(batches[index]), expected[index]):
-                        wrong.append(index)
+                wrong.extend(index for _ in range(10) if not close(model(batches[index]), expected[index]))
         except Exception as error:
             wrong.append(error)
 

@@ -30,7 +30,7 @@ def test_gradients_are_the_originals(model, images, backend, count_ops):
     found = []
     calls = count_ops(lambda: found.extend(caught(lambda: gradients(model, images))[0]))
     assert sum(calls.values()) == 0, "no inference kernel where gradients are due"
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
 
 
 def test_one_warning_per_module_that_names_the_way_out(make, images, backend):

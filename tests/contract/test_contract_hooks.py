@@ -41,7 +41,7 @@ def test_a_hook_fires_with_the_originals_values(make, images, backend, path, whe
     result, said = run(model, images)
     assert close(result, expected) and len(seen) == len(wanted) == (2 if path.endswith("drop_path") else 1)
     # What a hook keeps is not written over by the in-place blocks that follow.
-    assert all(close(mine, theirs) for mine, theirs in zip(seen, wanted))
+    assert all(close(mine, theirs) for mine, theirs in zip(seen, wanted, strict=True))
     reported = [row for row in patched.report if row.reason and "hook" in row.reason]
     assert len(reported) == 1 and path.startswith(reported[0].name)
     assert (len(said) == 1 and "no longer fused" in said[0]) if when == "after" else said == []

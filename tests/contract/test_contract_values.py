@@ -25,7 +25,7 @@ def test_compute_dtype(make, images, backend, inner, classes):
         expected = model(images)
         patch(model, backend=backend, compute_dtype=inner)
         found = model(images)
-    for mine, theirs in zip(outputs(found), outputs(expected)):
+    for mine, theirs in zip(outputs(found), outputs(expected), strict=True):
         assert mine.dtype == torch.float32
         error = (mine - theirs).square().mean().sqrt() / theirs.square().mean().sqrt()
         assert 1e-5 < error < 3e-2, "computed in the narrower dtype, and not wrong"
@@ -50,7 +50,7 @@ def test_autocast_returns_what_the_original_returns(make, backend, count_ops, pa
             calls = count_ops(lambda: found.append(model(images)))
             assert torch.is_autocast_enabled("cpu")
     assert plain or calls["block_"] == 8
-    for mine, theirs, truth in zip(outputs(found[0]), outputs(eager), outputs(golden)):
+    for mine, theirs, truth in zip(outputs(found[0]), outputs(eager), outputs(golden), strict=True):
         assert mine.dtype == theirs.dtype
         assert numerics.compare(mine, theirs, truth, dtype=torch.bfloat16).passed
 

@@ -13,14 +13,14 @@ from riformer_kernels import BackendError, patch
 
 
 def copied_data(model, other):
-    for mine, theirs in zip(model.parameters(), other.parameters()):
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         version, pointer = mine._version, mine.data_ptr()
         mine.data.copy_(theirs.data)
         assert mine._version == version and mine.data_ptr() == pointer, "the change that nothing records"
 
 
 def assigned_data(model, other):
-    for mine, theirs in zip(model.parameters(), other.parameters()):
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         mine.data = theirs.data.clone()
 
 
@@ -32,7 +32,7 @@ def new_parameters(model, other):
 
 def optimizer_step(model, other):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    for mine, theirs in zip(model.parameters(), other.parameters()):
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         mine.grad = (mine - theirs).detach()
     optimizer.step()
     optimizer.zero_grad()

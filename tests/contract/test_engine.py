@@ -108,16 +108,16 @@ def test_new_weights_count(patched):
 
 
 def test_a_graphs_state_changes_with_what_it_captured(patched):
-    before = engine._state(list(patched.modules()))
+    before = engine._fingerprint(list(patched.modules()))
     patched.head.fc.bias.data.add_(1)
-    assert engine._state(list(patched.modules())) == before, "an in-place change is seen by a replay"
+    assert engine._fingerprint(list(patched.modules())) == before, "an in-place change is seen by a replay"
     patched.head.fc.bias = torch.nn.Parameter(patched.head.fc.bias.detach().clone())
-    assert engine._state(list(patched.modules())) != before
-    before = engine._state(list(patched.modules()))
+    assert engine._fingerprint(list(patched.modules())) != before
+    before = engine._fingerprint(list(patched.modules()))
     patched.network[0][0].register_forward_hook(lambda *_: None)
     with pytest.warns(UserWarning, match="no longer fused"), torch.inference_mode():
         patched(batch(1))
-    assert engine._state(list(patched.modules())) != before
+    assert engine._fingerprint(list(patched.modules())) != before
 
 
 def test_threads_take_turns(patched):
@@ -128,10 +128,9 @@ def test_threads_take_turns(patched):
     wrong: list[int] = []
 
     def work(start: int) -> None:
-        for round_ in range(3):
-            for index in range(start, len(inputs), 3):
-                if not torch.equal(found(inputs[index]), expected[index]):
-                    wrong.append(index)
+        for _ in range(3):
+            indices = range(start, len(inputs), 3)
+            wrong.extend(index for index in indices if not torch.equal(found(inputs[index]), expected[index]))
 
     workers = [threading.Thread(target=work, args=(start,)) for start in range(3)]
     for worker in workers:
@@ -185,7 +184,7 @@ def test_a_model_that_changed_dtype_or_was_restored(patched):
     found = Engine(patched, (2,), SIZE)
     expected = found(batch(2))
     patched.to(torch.bfloat16)
-    with pytest.raises(InputError, match="bfloat16 on cpu now, and this engine was built for torch.float32"):
+    with pytest.raises(InputError, match=r"bfloat16 on cpu now, and this engine was built for torch.float32"):
         found(batch(2))
     patched.to(torch.float32)
     assert found(batch(2)).shape == expected.shape
@@ -216,7 +215,7 @@ def test_other_errors_pass_through(patched, monkeypatch):
         raise RuntimeError("something else")
 
     monkeypatch.setattr(type(patched), "forward", fail)
-    with pytest.raises(RuntimeError, match="^something else$"):
+    with pytest.raises(RuntimeError, match=r"^something else$"):
         found(batch(1))
 
 

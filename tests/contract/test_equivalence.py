@@ -66,7 +66,9 @@ def check_model(run, arch, deploy, dtype, layout, size, label, classes=0, norm="
             found.append(outputs(run(model, images)))
         for mine, theirs in zip(found[-1], eager[-1], strict=True):
             assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
-    for i, (mine, theirs, exact) in enumerate(zip(zip(*found), zip(*eager), zip(*golden))):
+    for i, (mine, theirs, exact) in enumerate(
+        zip(zip(*found, strict=True), zip(*eager, strict=True), zip(*golden, strict=True), strict=True)
+    ):
         name = "logits" if classes else f"features of stage {i + 1}"
         where = f"{label}: {arch} {'deployed' if deploy else 'training-time'} {norm} {dtype} {layout} {size}, {name}"
         check_ratios(torch.cat(mine), torch.cat(theirs), torch.cat(exact), where, dtype)

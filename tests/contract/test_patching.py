@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import TINY, close
@@ -9,8 +11,9 @@ from riformer.model import RIFormer
 from torch import nn
 
 import riformer_kernels
-from riformer_kernels import BackendError, InputError, PatchError, VerificationError, backends, patch, unpatch
-from riformer_kernels.fused import CONFIG, FusedBackbone
+from riformer_kernels import BackendError, InputError, PatchError, VerificationError, backends, ops, patch, unpatch
+from riformer_kernels.fused import FusedBackbone
+from riformer_kernels.modules import STATE
 
 
 def snapshot(model: nn.Module) -> tuple:
@@ -61,7 +64,7 @@ def test_restore_gives_back_the_very_same(model, images, backend):
         assert snapshot(model) != before
         handle.restore()
         assert snapshot(model) == before
-        assert type(model) is RIFormer and CONFIG not in vars(model) and not handle.active
+        assert type(model) is RIFormer and STATE not in vars(model) and not handle.active
         assert torch.equal(model(images), expected)
         handle.restore()
         assert snapshot(model) == before
@@ -97,17 +100,22 @@ def test_context_manager_restores_also_after_an_exception(model, backend):
     with patch(model, backend=backend) as handle:
         assert handle.active
     assert snapshot(model) == before
-    with pytest.raises(ZeroDivisionError), patch(model, backend=backend):
-        assert isinstance(model, FusedBackbone)
-        raise ZeroDivisionError
+
+    def fail_while_patched() -> None:
+        with patch(model, backend=backend):
+            assert isinstance(model, FusedBackbone)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_while_patched()
     assert snapshot(model) == before
 
 
 def test_patching_twice_is_idempotent(model, images, backend):
     first = patch(model, backend=backend)
-    cls, config = type(model), vars(model)[CONFIG]
+    cls, state = type(model), vars(model)[STATE]
     with patch(model, backend=backend) as second:
-        assert type(model) is cls and vars(model)[CONFIG] is config
+        assert type(model) is cls and vars(model)[STATE] is state
         assert second.report == first.report and second.verification == first.verification
     assert first.active, "leaving an inner `with` does not undo the outer patch"
     second.restore()
@@ -118,7 +126,7 @@ def test_patching_twice_is_idempotent(model, images, backend):
 
 def test_patching_again_with_other_options_is_an_error(model, backend):
     handle = patch(model, backend=backend)
-    with pytest.raises(PatchError, match="already patched.*unpatch"):
+    with pytest.raises(PatchError, match=r"already patched.*unpatch"):
         patch(model, backend=backend, compute_dtype=torch.bfloat16)
     assert handle.active
 
@@ -195,17 +203,15 @@ def test_not_strict_fuses_the_rest_and_reports(model, images, backend, count_ops
 
 
 def test_verification_error_restores(model, backend, monkeypatch):
-    import dataclasses
-
     plain = backends.ALL[backend]
 
     def broken(*arguments):
-        out, moments = plain.block(*arguments)
+        out, moments = plain.ops["block"](*arguments)
         return out * 1.01, moments
 
-    monkeypatch.setitem(backends.ALL, backend, dataclasses.replace(plain, block=broken))
+    monkeypatch.setitem(backends.ALL, backend, dataclasses.replace(plain, ops={**plain.ops, "block": broken}))
     before = snapshot(model)
-    with pytest.raises(VerificationError, match="network.0.0"):
+    with pytest.raises(VerificationError, match=r"network.0.0"):
         patch(model, backend=backend)
     assert snapshot(model) == before
 
@@ -236,12 +242,12 @@ def test_mixed_dtypes_and_meta(make, backend):
     model = make()
     model.network[2].half()
     before = snapshot(model)
-    with pytest.raises(PatchError, match="different dtypes.*float32.*float16"):
+    with pytest.raises(PatchError, match=r"different dtypes.*float32.*float16"):
         patch(model, backend=backend)
     assert snapshot(model) == before
     model = make()
     model.network[2].to("meta")
-    with pytest.raises(PatchError, match="different devices.*cpu.*meta"):
+    with pytest.raises(PatchError, match=r"different devices.*cpu.*meta"):
         patch(model, backend=backend)
     with pytest.raises(PatchError, match="meta device"):
         patch(make().to("meta"), backend=backend)
@@ -265,7 +271,7 @@ def test_unknown_backend_and_unserved_dtype(make):
     assert snapshot(model) == before
     with pytest.raises(BackendError, match="float64"):
         patch(make().double(), backend="cpu")
-    with pytest.raises(PatchError, match="compute_dtype must be a torch.dtype"):
+    with pytest.raises(PatchError, match=r"compute_dtype must be a torch.dtype"):
         patch(model, backend="reference", compute_dtype="bf16")
 
 
@@ -299,3 +305,12 @@ def test_a_backbone_with_another_forward_fails_verification(make, backend, image
 
 def test_errors_are_value_errors_for_callers():
     assert issubclass(PatchError, ValueError) and issubclass(InputError, riformer_kernels.RIFormerKernelsError)
+
+
+def test_a_backend_has_every_op(backend):
+    whole = backends.ALL[backend]
+    assert list(whole.ops) == list(ops.ALL)
+    for name in ops.ALL:
+        rest = {key: function for key, function in whole.ops.items() if key != name}
+        with pytest.raises(TypeError, match="expected"):
+            dataclasses.replace(whole, ops=rest)

@@ -10,12 +10,13 @@ from riformer.model import Affine, Mlp, RIFormer, RIFormerBlock
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from riformer_kernels import probe, recognise
+from riformer_kernels import plan, probe, recognise
+from riformer_kernels.block_kind import DEPLOYED
 
 
 def reasons(model: nn.Module, multiple: int = 8) -> dict[str, str]:
-    plan = recognise.describe(model, multiple)
-    return plan.refuse(probe.refusals(model, plan)).reasons()
+    found = recognise.describe(model, multiple)
+    return found.refuse(probe.refusals(model, found)).reasons()
 
 
 def test_a_healthy_model_has_no_reason(make):
@@ -26,12 +27,12 @@ def test_a_healthy_model_has_no_reason(make):
 
 def test_the_plan_is_what_the_model_is(make):
     model = make(num_classes=4, deploy=True, norm="ln", norm_eps=1e-6)
-    plan = recognise.describe(model)
-    assert plan.stem == recognise.EmbedPlan("patch_embed", "stem", 3, 16, (7, 7), 4, 2, None)
-    assert plan.network[1] == recognise.EmbedPlan("network.1", "downsample", 16, 32, (3, 3), 2, 1, None)
-    assert plan.network[2].blocks[1] == recognise.BlockPlan("network.2.1", 32, 128, True, True, 1e-6, 1e-6, None)
-    assert plan.norms == (recognise.NormPlan("norm6", 6, 64, True, 1e-6, None),)
-    assert plan.head == recognise.HeadPlan("head", 64, 4, None)
+    found = recognise.describe(model)
+    assert found.stem == plan.EmbedPlan("patch_embed", "stem", 3, 16, (7, 7), 4, 2, None)
+    assert found.network[1] == plan.EmbedPlan("network.1", "downsample", 16, 32, (3, 3), 2, 1, None)
+    assert found.network[2].blocks[1] == plan.BlockPlan("network.2.1", DEPLOYED, 32, 128, True, 1e-6, 1e-6, None)
+    assert found.norms == (plan.NormPlan("norm6", 6, 64, True, 1e-6, None),)
+    assert found.head == plan.HeadPlan("head", 64, 4, None)
     assert not recognise.describe(make()).network[0].blocks[0].per_position
 
 
@@ -94,21 +95,25 @@ TABLE = [
     (_set(f"{BLOCK}.mlp.fc1", nn.Linear(32, 128)), BLOCK, "mlp.fc1 is Linear, not nn.Conv2d"),
     (_set(f"{BLOCK}.mlp.fc2", nn.Conv2d(128, 16, 1)), BLOCK, "mlp.fc2 maps 128 to 16"),
     (lambda m: parametrizations.weight_norm(m.get_submodule(f"{BLOCK}.mlp.fc1")), BLOCK, "mlp.fc1 is parametrized"),
-    (lambda m: prune.random_unstructured(m.get_submodule(f"{BLOCK}.mlp.fc1"), "weight", 0.5), BLOCK, "forward pre-hook on mlp.fc1"),
+    (lambda m: prune.random_unstructured(m.get_submodule(f"{BLOCK}.mlp.fc1"), "weight", 0.5), BLOCK,
+     "forward pre-hook on mlp.fc1"),
     (_set(f"{BLOCK}.mlp.forward", lambda f: lambda x: f(x)), BLOCK, "forward of mlp was replaced on the instance"),
     (_set(f"{BLOCK}.forward", lambda f: lambda x: f(x)), BLOCK, "forward of the module itself was replaced"),
     (_class(BLOCK, Doubled), BLOCK, "forward of Doubled"),
     (_class(f"{BLOCK}.mlp", Squared), BLOCK, "does not compute a RIFormer block"),
     (_class(f"{BLOCK}.token_mixer", NoMinus), BLOCK, "does not compute a RIFormer block"),
     (_set(f"{BLOCK}.token_mixer.affine", nn.Conv2d(32, 32, 1)), BLOCK, "token_mixer.affine has groups 1, expected 32"),
-    (lambda m: m.get_submodule(BLOCK).add_module("se", nn.Identity()), BLOCK, "children that a RIFormer block does not have: se"),
+    (lambda m: m.get_submodule(BLOCK).add_module("se", nn.Identity()), BLOCK,
+     "children that a RIFormer block does not have: se"),
     (lambda m: m.get_submodule(BLOCK).mlp.add_module("dwconv", nn.Identity()), BLOCK, "mlp.dwconv"),
-    (_set(f"{BLOCK}.layer_scale_1", nn.Parameter(torch.ones(1))), BLOCK, "layer_scale_1 is not a parameter of shape [32]"),
+    (_set(f"{BLOCK}.layer_scale_1", nn.Parameter(torch.ones(1))), BLOCK,
+     "layer_scale_1 is not a parameter of shape [32]"),
     (_set("network.3.proj", nn.Conv2d(32, 48, 3, 2, 1, dilation=2)), "network.3", "dilation (2, 2)"),
     (_set("network.3.proj", nn.Conv2d(32, 48, 3, 2, 1, groups=2)), "network.3", "groups 2"),
     (_set("network.3.proj", nn.Conv2d(32, 48, 3, (2, 1), 1)), "network.3", "expected square ones"),
     (_set("network.3.proj", nn.Conv2d(32, 48, 3, 1, "same")), "network.3", "expected square ones"),
-    (_set("patch_embed.proj", nn.Conv2d(3, 16, 7, 4, 2, padding_mode="reflect")), "patch_embed", "padding_mode 'reflect'"),
+    (_set("patch_embed.proj", nn.Conv2d(3, 16, 7, 4, 2, padding_mode="reflect")), "patch_embed",
+     "padding_mode 'reflect'"),
     (lambda m: m.patch_embed.add_module("norm", nn.BatchNorm2d(16)), "patch_embed", "norm is BatchNorm2d"),
     (lambda m: m.network[3].register_forward_hook(print), "network.3", "forward hook on the module itself"),
     (lambda m: m.network[2].register_forward_hook(print), BLOCK, "forward hook on the stage"),

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from riformer_cli import info
 from support_processes import check, started
 
 import riformer_kernels
 from riformer_kernels import BackendError, backends, ops
 from riformer_kernels.backends import _devices, cuda, triton
-from riformer_kernels.cli import info
 
 EMULATED = Path(__file__).resolve().parent / "emulated"
 FILES = sorted(EMULATED.glob("emulated_*.py"))
@@ -50,8 +50,8 @@ def test_every_op_is_in_both_namespaces_with_one_schema():
             str(getattr(getattr(torch.ops, space), name).default._schema) for space in ("riformer", "riformer_cuda")
         }
         assert len(found) == 2 and len({schema.split("::")[1] for schema in found}) == 1
-        assert getattr(cuda.BACKEND, name) is getattr(torch.ops.riformer_cuda, name).default
-        assert getattr(triton.BACKEND, name) is getattr(torch.ops.riformer, name).default
+        assert cuda.BACKEND.ops[name] is getattr(torch.ops.riformer_cuda, name).default
+        assert triton.BACKEND.ops[name] is getattr(torch.ops.riformer, name).default
 
 
 def test_no_kernel_serves_another_namespace():

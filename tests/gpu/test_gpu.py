@@ -102,8 +102,8 @@ def test_block(run, case):
 
     def block(x, parameters):
         x = on_gpu(x)
-        found = None if parameters["per_position"] else run.moments(x)
-        return [value.cpu() for value in run.block(x, found, *(on_gpu(parameters[key]) for key in PARAMETERS))]
+        found = None if parameters["per_position"] else run.ops["moments"](x)
+        return [value.cpu() for value in run.ops["block"](x, found, *(on_gpu(parameters[key]) for key in PARAMETERS))]
 
     check_block(block, case, run.name)
 
@@ -114,9 +114,9 @@ def test_block(run, case):
 def test_block_in_place(run, dtype, norm, layout):
     case = Block(96, (9, 7), dtype, norm, layout=layout)
     x, parameters = on_gpu(tokens(case, 0, 96)), [on_gpu(block_parameters(case, 0)[key]) for key in PARAMETERS]
-    found = None if norm == "ln" else run.moments(x)
-    expected, expected_moments = run.block(x, found, *parameters)
-    run.block_(x, found, *parameters)
+    found = None if norm == "ln" else run.ops["moments"](x)
+    expected, expected_moments = run.ops["block"](x, found, *parameters)
+    run.ops["block_"](x, found, *parameters)
     assert torch.equal(x, expected) and (found is None or torch.equal(found, expected_moments))
 
 
@@ -129,7 +129,7 @@ def test_block_in_place(run, dtype, norm, layout):
 )  # fmt: skip
 def test_embed(run, case, dtype):
     def embed(x, p, kind):
-        out, moments = run.embed(
+        out, moments = run.ops["embed"](
             on_gpu(x), on_gpu(p["weight"]), on_gpu(p["bias"]), p["stride"], p["padding"], kind, True
         )
         return out.cpu().contiguous(), moments.cpu()
@@ -141,15 +141,15 @@ def test_embed(run, case, dtype):
 @pytest.mark.parametrize("norm", ["gn", "ln"])
 def test_norm_and_head(run, dtype, norm):
     def moments(x):
-        return None if norm == "ln" else run.moments(x)
+        return None if norm == "ln" else run.ops["moments"](x)
 
     def run_norm(x, weight, bias, eps, per_position, kind):
         x = on_gpu(x)
-        return run.norm(x, moments(x), on_gpu(weight), on_gpu(bias), eps, per_position, kind or x.dtype).cpu()
+        return run.ops["norm"](x, moments(x), on_gpu(weight), on_gpu(bias), eps, per_position, kind or x.dtype).cpu()
 
     def run_head(x, p, per_position, kind):
         x, p = on_gpu(x), [on_gpu(value) for value in p]
-        return run.head(x, moments(x), p[0], p[1], EPS, p[2], p[3], per_position, kind or x.dtype).cpu()
+        return run.ops["head"](x, moments(x), p[0], p[1], EPS, p[2], p[3], per_position, kind or x.dtype).cpu()
 
     check_norm(run_norm, Block(96, (17, 20), dtype, norm, layout="channels_last"), run.name)
     check_head(run_head, Block(512, (7, 7), dtype, norm, batch=12), 1000, run.name)
@@ -277,12 +277,13 @@ def test_a_device_that_is_not_the_current_one(run):
     case = Block(96, (9, 7), torch.bfloat16)
     x, parameters = tokens(case, 0, 96), [block_parameters(case, 0)[key] for key in PARAMETERS]
     there = lambda value: value.to("cuda:1") if isinstance(value, torch.Tensor) else value  # noqa: E731
-    found = run.block(there(x), run.moments(there(x)), *map(there, parameters))[0]
+    block, moments = run.ops["block"], run.ops["moments"]
+    found = block(there(x), moments(there(x)), *map(there, parameters))[0]
     assert torch.cuda.current_device() == 0 and found.device.index == 1
-    assert torch.equal(found.cpu(), run.block(on_gpu(x), run.moments(on_gpu(x)), *map(on_gpu, parameters))[0].cpu())
+    assert torch.equal(found.cpu(), block(on_gpu(x), moments(on_gpu(x)), *map(on_gpu, parameters))[0].cpu())
     if run.name == "cuda":
         with pytest.raises(RuntimeError, match="is on cuda:0 and the tokens are on cuda:1; move one of them"):
-            run.block(there(x), run.moments(there(x)), *map(on_gpu, parameters))
+            block(there(x), moments(there(x)), *map(on_gpu, parameters))
 
 
 @torch.inference_mode()
@@ -335,7 +336,7 @@ def test_compile_and_opcheck(run, patched):
         values = tokens(case, 0, 24).cuda().contiguous(memory_format=FORMATS[layout])
         arguments = [on_gpu(value) for value in block_parameters(case, 0).values()]
         torch.library.opcheck(
-            run.block, (values, run.moments(values), *arguments),
+            run.ops["block"], (values, run.ops["moments"](values), *arguments),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 

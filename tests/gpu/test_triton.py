@@ -123,7 +123,7 @@ def test_of_two_gpus_the_old_one_is_refused_and_the_other_served(monkeypatch):
 
 
 def test_info_shows_the_backend_and_the_reason():
-    from riformer_kernels.cli import info
+    from riformer_cli import info
 
     row = next(row for row in info.collect()["backends"] if row["name"] == "triton")
     assert row["devices"] == ["cuda"] and row["chosen_by_auto"]

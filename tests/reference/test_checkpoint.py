@@ -65,7 +65,7 @@ def test_which_part(tmp_path):
     assert same(load_checkpoint(tmp_path / "both.pth", which="ema_state_dict"), averaged)
     assert same(load_checkpoint(tmp_path / "ema.pth"), averaged)
     assert same(load_checkpoint(tmp_path / "bare.pth"), averaged)
-    with pytest.raises(CheckpointError, match="no 'state_dict'.*'ema_state_dict'"):
+    with pytest.raises(CheckpointError, match=r"no 'state_dict'.*'ema_state_dict'"):
         load_checkpoint(tmp_path / "ema.pth", which="state_dict")
     with pytest.raises(ValueError, match="which must be"):
         load_checkpoint(tmp_path / "ema.pth", which="ema")
@@ -267,7 +267,7 @@ def test_broken_files_are_named(tmp_path, kind):
 
 
 def test_missing_file_and_directory(tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint at .*nowhere.pth"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere.pth"):
         load_checkpoint(tmp_path / "nowhere.pth")
     with pytest.raises(CheckpointError, match="is a directory"):
         load_checkpoint(tmp_path)
@@ -329,7 +329,7 @@ def test_saving_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(CheckpointError, match="cannot write .*No space left"):
+        with pytest.raises(CheckpointError, match=r"cannot write .*No space left"):
             save_checkpoint(hard(2), path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.safetensors"]
     save_checkpoint(hard(2), path)

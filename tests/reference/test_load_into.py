@@ -118,13 +118,13 @@ def test_misfit_with_a_deployed_model_is_named_too():
     model = hard(2, deploy=True)
     before, bad = snapshot(model), snapshot(hard(1))
     bad["network.0.0.norm1.bias"] = torch.zeros(3)
-    with pytest.raises(CheckpointError, match="network.0.0.norm"):
+    with pytest.raises(CheckpointError, match=r"network.0.0.norm"):
         load_into(model, bad)
     assert same(snapshot(model), before)
 
 
 def test_meta_model_is_named():
-    with pytest.raises(CheckpointError, match="meta device.*to_empty"):
+    with pytest.raises(CheckpointError, match=r"meta device.*to_empty"):
         load_into(RIFormer(TINY).to("meta"), snapshot(hard(num_classes=0)))
 
 

@@ -91,7 +91,7 @@ def test_hard_parameters_show_a_missing_block_and_fresh_ones_do_not():
 
 
 def test_randomize_refuses_other_models():
-    with pytest.raises(ValueError, match="'0.weight'"):
+    with pytest.raises(ValueError, match=r"'0.weight'"):
         randomize_(torch.nn.Sequential(torch.nn.Linear(2, 2)))
     with pytest.raises(TypeError, match="dict"):
         randomize_({})

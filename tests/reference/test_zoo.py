@@ -74,9 +74,9 @@ def test_create_model_by_any_name():
         model = riformer.create_model(name, num_classes=3, deploy=True)
         assert (model.arch.name, model.num_classes, model.deploy) == ("s12", 3, True)
     assert riformer.create_model({"layers": [1], "embed_dims": [8]}).num_classes == 1000
-    with pytest.raises(ValueError, match="'resnet50'.*s12.*riformer-m48_in1k-384"):
+    with pytest.raises(ValueError, match=r"'resnet50'.*s12.*riformer-m48_in1k-384"):
         riformer.create_model("resnet50")
-    with pytest.raises(ValueError, match="'s12-512'.*riformer-s12_in1k"):
+    with pytest.raises(ValueError, match=r"'s12-512'.*riformer-s12_in1k"):
         riformer.find_entry("s12-512")
 
 
@@ -237,7 +237,7 @@ def test_a_file_put_there_by_hand(server, tmp_path):
     target.write_bytes(server.data)
     assert riformer.download("s12", tmp_path) == target
     target.write_bytes(b"something else")
-    with pytest.raises(riformer.DownloadError, match="is not the published file.*Delete it"):
+    with pytest.raises(riformer.DownloadError, match=r"is not the published file.*Delete it"):
         riformer.download("s12", tmp_path)
     assert target.read_bytes() == b"something else" and server.requests == []
 

@@ -47,7 +47,7 @@ def launcher(name: str) -> Callable[..., Any]:
     """
     if reason := _no_triton():
         raise BackendError(f"riformer::{name} on a CUDA tensor: {reason}")
-    module = importlib.import_module(f"{__name__}.{name.rstrip('_')}")
+    module = importlib.import_module(f"{__name__}.{OPS[name].file}")
     return getattr(module, name)
 
 
@@ -72,5 +72,5 @@ BACKEND = Backend(
     detail=_devices.current,
     refuses=why_not_device,
     compiles=True,
-    **overloads(NAMESPACE, OPS),
+    ops=overloads(NAMESPACE, OPS),
 )

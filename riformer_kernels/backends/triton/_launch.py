@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, overload
 
 import torch
 import triton
 
 from ...errors import BackendError, InputError
-from ...ops._library import memory_format_of
+from ...ops._library import memory_format_of, needed
 
 ALIGNMENT = 16
 MOST_PROGRAMS = 2**31 - 1
@@ -130,9 +130,20 @@ def matrix(weight: torch.Tensor) -> torch.Tensor:
     return weight.flatten(1).contiguous()
 
 
+@overload
+def vector(parameter: torch.Tensor) -> torch.Tensor: ...
+@overload
+def vector(parameter: None) -> None: ...
+@overload
+def vector(parameter: torch.Tensor | None) -> torch.Tensor | None: ...
 def vector(parameter: torch.Tensor | None) -> torch.Tensor | None:
     """A parameter with C elements in any shape, dense."""
     return None if parameter is None else parameter.reshape(-1).contiguous()
+
+
+def dense_moments(moments: torch.Tensor | None) -> torch.Tensor:
+    """Moments [B, 2, C] as the kernels read them; those of an op that cannot do without."""
+    return needed(moments).to(torch.float32).contiguous()
 
 
 def precision() -> str:

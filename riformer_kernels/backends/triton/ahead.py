@@ -80,7 +80,7 @@ def record(architecture: int, call: Callable[..., Any], *arguments: Any) -> list
 def source(launch: Launch) -> ASTSource:
     """The kernel specialised as Triton's just-in-time compiler does it for these arguments."""
     names = list(launch.kernel.arg_names)
-    values = dict(zip(names, launch.arguments)) | {k: v for k, v in launch.settings.items() if k in names}
+    values = dict(zip(names, launch.arguments, strict=False)) | {k: v for k, v in launch.settings.items() if k in names}
     plain = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
     constants = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
     signature, constexprs, attributes = {}, {}, {}
@@ -143,7 +143,7 @@ def network(
     """Every different launch that RIFormer S12 ... M48 make in ``dtype`` on an image of ``image`` x ``image`` pixels.
 
     Args:
-        parameters: dtype of the parameters and images (``patch``'s ``compute_dtype`` on a float32 model); None: ``dtype``.
+        parameters: dtype of the parameters and images, which ``compute_dtype`` lets differ; None for ``dtype``.
         per_position: LayerNorm in place of GroupNorm(1).
         training: the training-time form, whose affine is folded by the kernels.
     """
@@ -217,7 +217,7 @@ def lines(rows: list[tuple[str, int, Compiled]]) -> list[str]:
     ]  # fmt: skip
     texts = [header, *(tuple(str(cell) for cell in row) for row in cells)]
     widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in texts]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in texts]
 
 
 if __name__ == "__main__":

@@ -3,19 +3,32 @@
     y = x + u xc + w,  z = P xc + Q          xc = x - mu1; the maps are made by ``block_maps``
     out = y + ls2 * (W2 gelu(W1 z + b1) + b2)
 
-Either ``_fused_kernel``, whose hidden tensor stays on the chip, or ``_expand_kernel`` and ``_project_kernel``, with it in
-memory. Both leave the moments of each tile, which ``moments.merge`` puts together in a fixed order. A tile reads and
-writes its own rows alone, so the result may lie over ``x``. Tiles end where an image does.
+There are two variants. ``_fused_kernel`` keeps the hidden tensor on the chip. ``_expand_kernel`` writes it to memory,
+and ``_project_kernel`` reads it. Both leave the moments of each tile, which ``moments.merge`` puts together in a fixed
+order. A tile reads and writes its own rows alone, so the result may lie over ``x``. Tiles end where an image does.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from ...ops.block import BlockParameters
 from . import choice
-from ._launch import architecture_of, as_tokens, in_layout_of, launch, matrix, precision, result_like, vector
+from ._launch import (
+    architecture_of,
+    as_tokens,
+    dense_moments,
+    in_layout_of,
+    launch,
+    matrix,
+    precision,
+    result_like,
+    vector,
+)  # fmt: skip
 from ._math import add_product, gelu, store_tile_moments
 from .block_maps import block_maps
 from .moments import merge, tile_moments
@@ -280,84 +293,55 @@ def _compute(
     out: torch.Tensor,
     moments: torch.Tensor | None,
     out_moments: torch.Tensor | None,
-    chosen: choice.BlockChoice,
-    layer_scale_1: torch.Tensor | None,
-    norm1_weight: torch.Tensor | None,
-    norm1_bias: torch.Tensor | None,
-    affine_weight: torch.Tensor | None,
-    affine_bias: torch.Tensor | None,
-    eps1: float,
-    norm2_weight: torch.Tensor,
-    norm2_bias: torch.Tensor,
-    eps2: float,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor | None,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor | None,
-    layer_scale_2: torch.Tensor | None,
-    per_position: bool,
-    residual: bool,
+    p: BlockParameters,
 ) -> torch.Tensor | None:
     """The kernels of one block on channels-last ``x`` into ``out`` (which may be ``x``); returns the moments."""
     batch, channels, height, width = x.shape
-    positions, hidden, device = height * width, fc1_weight.shape[0], x.device
-    fc1_weight, fc2_weight = matrix(fc1_weight), matrix(fc2_weight)
-    fc1_bias, fc2_bias, layer_scale_2 = vector(fc1_bias), vector(fc2_bias), vector(layer_scale_2)
-    maps, statistics = block_maps(
-        x, moments, layer_scale_1, norm1_weight, norm1_bias, affine_weight, affine_bias, eps1, norm2_weight, norm2_bias,
-        eps2, per_position,
-    )  # fmt: skip
-    tile = chosen.fused or chosen.project
-    partials = None if per_position else tile_moments(x, tile.rows)
-    tiles = batch * triton.cdiv(positions, tile.rows)
-    shared = {"C": channels, "HIDDEN": hidden, "PER_POSITION": per_position, "PRECISION": precision()}
-    if chosen.fused:
+    positions, hidden, device = height * width, p.fc1_weight.shape[0], x.device
+    chosen = choice.choose_block(problem_of(x, hidden))
+    fc1_weight, fc2_weight = matrix(p.fc1_weight), matrix(p.fc2_weight)
+    fc1_bias, fc2_bias, layer_scale_2 = vector(p.fc1_bias), vector(p.fc2_bias), vector(p.layer_scale_2)
+    maps, statistics = block_maps(x, moments, p)
+    partials = None if p.per_position else tile_moments(x, chosen.rows)
+    tiles = batch * triton.cdiv(positions, chosen.rows)
+    shared = {"C": channels, "HIDDEN": hidden, "PER_POSITION": p.per_position, "PRECISION": precision()}
+    if chosen.fused is not None:
         tile = chosen.fused
         launch(_fused_kernel, tiles, device, x, out, partials, maps, statistics, fc1_weight, fc1_bias, fc2_weight,
                fc2_bias, layer_scale_2, positions, **shared, ROWS=tile.rows, CHUNK=tile.chunk, BLOCK=tile.hidden,
-               RESIDUAL=residual, STAGES=tile.stages, num_warps=tile.warps)  # fmt: skip
+               RESIDUAL=p.residual, STAGES=tile.stages, num_warps=tile.warps)  # fmt: skip
     else:
-        expand, project = chosen.expand, chosen.project
+        expand, project = chosen.two_kernels
         between = torch.empty((batch, positions, hidden), dtype=x.dtype, device=device)
         programs = batch * triton.cdiv(positions, expand.rows) * triton.cdiv(hidden, expand.columns)
-        launch(_expand_kernel, programs, device, x, between, maps, statistics, fc1_weight, fc1_bias, positions, **shared,
-               ROWS=expand.rows, COLUMNS=expand.columns, DEPTH=expand.depth, STAGES=expand.stages,
+        launch(_expand_kernel, programs, device, x, between, maps, statistics, fc1_weight, fc1_bias, positions,
+               **shared, ROWS=expand.rows, COLUMNS=expand.columns, DEPTH=expand.depth, STAGES=expand.stages,
                num_warps=expand.warps)  # fmt: skip
         launch(_project_kernel, tiles * triton.cdiv(channels, project.columns), device, between, x, out, partials, maps,
                statistics, fc2_weight, fc2_bias, layer_scale_2, positions, **shared, ROWS=project.rows,
-               COLUMNS=project.columns, DEPTH=project.depth, RESIDUAL=residual, STAGES=project.stages,
+               COLUMNS=project.columns, DEPTH=project.depth, RESIDUAL=p.residual, STAGES=project.stages,
                num_warps=project.warps)  # fmt: skip
-    return None if per_position else merge(partials, positions, tile.rows, out_moments)
+    return None if partials is None else merge(partials, positions, chosen.rows, out_moments)
 
 
-def _dense_moments(moments: torch.Tensor | None) -> torch.Tensor | None:
-    return None if moments is None else moments.to(torch.float32).contiguous()
-
-
-def block(
-    x: torch.Tensor, moments: torch.Tensor | None, *parameters: torch.Tensor | float | bool | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def block(x: torch.Tensor, moments: torch.Tensor | None, *parameters: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """``riformer::block``, see ``riformer_kernels.ops.block``."""
-    tokens, per_position = as_tokens(x), parameters[-2]
-    out = result_like(x, x.dtype)
-    found = None
-    if x.shape[0]:
-        chosen = choice.choose_block(problem_of(x, parameters[9].shape[0]))
-        found = _compute(tokens, out, _dense_moments(moments), None, chosen, *parameters)
+    p = BlockParameters(*parameters)
+    tokens, out = as_tokens(x), result_like(x, x.dtype)
+    found = _compute(tokens, out, None if p.per_position else dense_moments(moments), None, p) if x.shape[0] else None
     if found is None:
-        found = torch.empty((x.shape[0], 2, 0 if per_position else x.shape[1]), dtype=torch.float32, device=x.device)
+        found = torch.empty((x.shape[0], 2, 0 if p.per_position else x.shape[1]), dtype=torch.float32, device=x.device)
     return in_layout_of(out, x), found
 
 
-def block_(x: torch.Tensor, moments: torch.Tensor | None, *parameters: torch.Tensor | float | bool | None) -> None:
+def block_(x: torch.Tensor, moments: torch.Tensor | None, *parameters: Any) -> None:
     """``riformer::block_``: the same over ``x`` and ``moments``."""
     if not x.shape[0]:
         return
-    chosen = choice.choose_block(problem_of(x, parameters[9].shape[0]))
-    tokens, per_position = as_tokens(x), parameters[-2]
-    dense = _dense_moments(moments)
-    _compute(tokens, tokens, dense, None if per_position else dense, chosen, *parameters)
+    p = BlockParameters(*parameters)
+    tokens, dense = as_tokens(x), None if p.per_position else dense_moments(moments)
+    _compute(tokens, tokens, dense, dense, p)
     if tokens.data_ptr() != x.data_ptr():
         x.copy_(tokens)
-    if moments is not None and not per_position and dense.data_ptr() != moments.data_ptr():
+    if moments is not None and dense is not None and dense.data_ptr() != moments.data_ptr():
         moments.copy_(dense)

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...ops.block import BlockParameters
 from ._launch import block_of, launch, rows_of, vector
 from ._math import centred_statistics, load_moments, position_statistics
 
@@ -122,37 +123,28 @@ def _position_kernel(
 
 
 def block_maps(
-    x: torch.Tensor,
-    moments: torch.Tensor | None,
-    layer_scale_1: torch.Tensor | None,
-    norm1_weight: torch.Tensor | None,
-    norm1_bias: torch.Tensor | None,
-    affine_weight: torch.Tensor | None,
-    affine_bias: torch.Tensor | None,
-    eps1: float,
-    norm2_weight: torch.Tensor,
-    norm2_bias: torch.Tensor,
-    eps2: float,
-    per_position: bool,
+    x: torch.Tensor, moments: torch.Tensor | None, p: BlockParameters
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The maps of a block on channels-last ``x`` [B, C, H, W] with ``moments`` [B, 2, C].
 
     Returns:
-        float32 [B, 5, C] (u, w, P, Q, and mu1 in every place) and None; with ``per_position`` [1, 5, C] (u = ls1 gamma1',
-        w = ls1 beta1', P = gamma2, Q = beta2) and the statistics [B, N, 4] of each position.
+        float32 [B, 5, C] (u, w, P, Q, and mu1 in every place) and None. With ``per_position`` [1, 5, C]
+        (u = ls1 gamma1', w = ls1 beta1', P = gamma2, Q = beta2) and the statistics [B, N, 4] of each position.
     """
     batch, channels, height, width = x.shape
     positions, device = height * width, x.device
-    parameters = [vector(p) for p in (layer_scale_1, norm1_weight, norm1_bias, affine_weight, affine_bias)]
-    images = 1 if per_position else batch
+    first_half = [
+        vector(value) for value in (p.layer_scale_1, p.norm1_weight, p.norm1_bias, p.affine_weight, p.affine_bias)
+    ]
+    images = 1 if p.per_position else batch
     maps = torch.empty((images, 5, channels), dtype=torch.float32, device=device)
-    launch(_prepare_kernel, images, device, moments, maps, *parameters, vector(norm2_weight), vector(norm2_bias),
-           positions, eps1, eps2, C=channels, BLOCK_C=block_of(channels), PER_POSITION=per_position,
+    launch(_prepare_kernel, images, device, moments, maps, *first_half, vector(p.norm2_weight), vector(p.norm2_bias),
+           positions, p.eps1, p.eps2, C=channels, BLOCK_C=block_of(channels), PER_POSITION=p.per_position,
            num_warps=4)  # fmt: skip
-    if not per_position:
+    if not p.per_position:
         return maps, None
     statistics = torch.empty((batch, positions, 4), dtype=torch.float32, device=device)
     rows = rows_of(channels)
-    launch(_position_kernel, batch * triton.cdiv(positions, rows), device, x, statistics, maps, positions, eps1, eps2,
-           C=channels, BLOCK_C=block_of(channels), ROWS=rows, num_warps=4)  # fmt: skip
+    launch(_position_kernel, batch * triton.cdiv(positions, rows), device, x, statistics, maps, positions, p.eps1,
+           p.eps2, C=channels, BLOCK_C=block_of(channels), ROWS=rows, num_warps=4)  # fmt: skip
     return maps, statistics

@@ -45,7 +45,7 @@ class BlockProblem:
 
 @dataclass(frozen=True)
 class MatrixTile:
-    """One matrix kernel: ``rows`` x ``columns`` of the result, ``depth`` of the sum at a time, warps, pipeline stages."""
+    """One matrix kernel: ``rows`` x ``columns`` of the result, ``depth`` terms of the sum at a time."""
 
     rows: int
     columns: int
@@ -74,14 +74,24 @@ class BlockChoice:
     expand: MatrixTile | None = None
     project: MatrixTile | None = None
 
+    @property
+    def rows(self) -> int:
+        """Positions of a tile of the kernel that writes the result, and with it the moments of its tiles."""
+        return self.fused.rows if self.fused is not None else self.two_kernels[1].rows
+
+    @property
+    def two_kernels(self) -> tuple[MatrixTile, MatrixTile]:
+        """``expand`` and ``project``, where ``fused`` is None."""
+        assert self.expand is not None and self.project is not None, self
+        return self.expand, self.project
+
 
 @dataclass(frozen=True)
 class EmbedProblem:
-    """A convolution: N output positions per image of C channels, each a sum over ``in_channels`` x ``taps``."""
+    """A convolution to N output positions per image of C channels."""
 
     in_channels: int
     channels: int
-    taps: int
     positions: int
     dtype: torch.dtype
     architecture: int

@@ -151,16 +151,14 @@ def embed(
     out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
     if not batch:
         return out, torch.empty((0, 2, channels if moments else 0), dtype=torch.float32, device=x.device)
-    reach = sum((size - 1) * abs(step) for size, step in zip(x.shape[1:], x.stride()[1:]))
+    reach = sum((size - 1) * abs(step) for size, step in zip(x.shape[1:], x.stride()[1:], strict=True))
     if max(reach, channels * positions) > MOST_ELEMENTS:
         raise InputError(f"one image [{inputs}, {height}, {width}] is more than 32-bit offsets reach; use smaller ones")
     gather = inputs < GATHERED_CHANNELS
     if not gather and x.stride(1) != 1:
         x = x.contiguous(memory_format=torch.channels_last)
     x, weight, bias = aligned(x), weight.contiguous() if gather else _by_taps(weight), vector(bias)
-    problem = choice.EmbedProblem(
-        inputs, channels, kernel_height * kernel_width, positions, dtype, architecture_of(x.device)
-    )
+    problem = choice.EmbedProblem(inputs, channels, positions, dtype, architecture_of(x.device))
     tile = choice.choose_embed(problem)
     partials = tile_moments(out, tile.rows) if moments else None
     programs = batch * triton.cdiv(positions, tile.rows) * triton.cdiv(channels, tile.columns)

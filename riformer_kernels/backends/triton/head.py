@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import as_tokens, block_of, launch, matrix, rows_of, vector
+from ._launch import as_tokens, block_of, dense_moments, launch, matrix, rows_of, vector
 from ._math import centred_statistics, load_moments, normed_rows, position_statistics
 
 CLASSES = 32
@@ -107,7 +107,7 @@ def head(
         launch(_pool_kernel, batch * tiles, device, as_tokens(x), norm_weight, norm_bias, source, positions, eps,
                C=channels, BLOCK_C=block, ROWS=rows, num_warps=4)  # fmt: skip
     else:
-        source = moments.to(torch.float32).contiguous()
+        source = dense_moments(moments)
     launch(_head_kernel, batch * triton.cdiv(classes, CLASSES), device, source, norm_weight, norm_bias,
            matrix(fc_weight), vector(fc_bias), out, positions, eps, tiles, classes, C=channels, BLOCK_C=block,
            CLASSES=CLASSES, PER_POSITION=per_position, num_warps=8)  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import as_tokens, block_of, in_layout_of, launch, result_like, rows_of, vector
+from ._launch import as_tokens, block_of, dense_moments, in_layout_of, launch, result_like, rows_of, vector
 from ._math import centred_statistics, load_moments, normed_rows, position_statistics
 
 
@@ -55,7 +55,7 @@ def norm(
     tokens, out = as_tokens(x), result_like(x, dtype)
     batch, channels, height, width = x.shape
     if batch:
-        moments = None if per_position else moments.to(torch.float32).contiguous()
+        moments = None if per_position else dense_moments(moments)
         rows = rows_of(channels)
         launch(_norm_kernel, batch * triton.cdiv(height * width, rows), x.device, tokens, moments, vector(weight),
                vector(bias), out, height * width, eps, C=channels, BLOCK_C=block_of(channels), ROWS=rows,

@@ -47,7 +47,7 @@ _C.riformer_cuda_set_seed.argtypes = [ctypes.c_uint64]
 OPS = getattr(torch.ops, NAMESPACE)
 BACKEND = dataclasses.replace(
     backends.cuda.BACKEND, name=NAME, automatic=False, devices=("cpu",), unusable=lambda: None, refuses=None,
-    detail=lambda: "emulator", **overloads(NAMESPACE, ops.ALL),
+    detail=lambda: "emulator", ops=overloads(NAMESPACE, ops.ALL),
 )  # fmt: skip
 
 

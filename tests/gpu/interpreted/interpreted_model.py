@@ -31,7 +31,7 @@ def interpreted(monkeypatch):
     launchers = {name: backend.launcher(name) for name in backend.OPS}
     made = dataclasses.replace(
         backend.BACKEND, name=NAME, automatic=False, devices=("cpu",), unusable=lambda: None, refuses=None,
-        detail=lambda: "interpreter", **launchers,
+        detail=lambda: "interpreter", ops=launchers,
     )  # fmt: skip
     monkeypatch.setitem(backends.ALL, NAME, made)
 

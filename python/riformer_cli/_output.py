@@ -67,7 +67,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = 
         print(title)
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, ["-" * width for width in widths], *rows):
-        cells = [cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        cells = [
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         print("  ".join(cells).rstrip())
 
 
@@ -129,16 +131,18 @@ def _rich_progress() -> Any:
 
 def _plain_progress(description: str, total: int | None) -> Iterator[Callable[..., None]]:
     """One line that is written over; only carriage returns and spaces."""
-    state = {"done": 0, "description": description, "width": 0}
+    done, width, label = 0, 0, description
 
     def show(text: str) -> None:
-        print("\r" + text.ljust(state["width"]), end="", file=sys.stderr, flush=True)
-        state["width"] = len(text)
+        nonlocal width
+        print("\r" + text.ljust(width), end="", file=sys.stderr, flush=True)
+        width = len(text)
 
     def advance(count: int = 1, description: str | None = None) -> None:
-        state["done"] += count
-        state["description"] = description or state["description"]
-        show(f"{state['description']} {state['done']}" + (f"/{total}" if total is not None else ""))
+        nonlocal done, label
+        done += count
+        label = description or label
+        show(f"{label} {done}" + (f"/{total}" if total is not None else ""))
 
     advance(0)
     try:

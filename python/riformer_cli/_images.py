@@ -75,7 +75,7 @@ def preprocessing(
     resize = None if crop else _PUBLISHED_RESIZE.get(((arch or " ")[0], size))
     resize = resize or max(size, round(size / (crop or CROP_PCT)))
     values = []
-    for name, given, default in zip(("mean", "std"), (mean, std), IMAGENET[channels]):
+    for name, given, default in zip(("mean", "std"), (mean, std), IMAGENET[channels], strict=True):
         found = tuple(given) if given else _from_metadata(metadata, name, channels) or default
         if len(found) != channels:
             raise CliError(f"--{name} has {len(found)} values, the checkpoint takes images of {channels} channels")

@@ -137,7 +137,8 @@ def _deployed(source: Source, norm: dict[str, Any]) -> tuple[dict[str, Any], int
         model = model.to(dtypes.pop())
     else:
         note(
-            f"{source.path} mixes {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}; written as float32"
+            f"{source.path} mixes {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}; "
+            "written as float32"
         )
     result = riformer.load_into(model, source.state_dict)
     return model.state_dict(), result.folded

@@ -231,13 +231,15 @@ def _batches(
             arrays = [future.result() for future in loaded]
             # The next batch is decoded while this one is classified.
             loaded = [pool.submit(attempt, path) for path in chunks[index + 1]] if index + 1 < len(chunks) else []
-            bad = [(path, str(found)) for path, found in zip(chunk, arrays) if isinstance(found, Exception)]
-            paths = [path for path, found in zip(chunk, arrays) if not isinstance(found, Exception)]
+            bad = [
+                (path, str(found)) for path, found in zip(chunk, arrays, strict=True) if isinstance(found, Exception)
+            ]
+            paths = [path for path, found in zip(chunk, arrays, strict=True) if not isinstance(found, Exception)]
             good = []
             if paths:
                 batch = np.stack([found for found in arrays if not isinstance(found, Exception)])
                 logits = model(torch.from_numpy(batch).to(torch_dtype(arguments.dtype))).float()
-                for path, row in zip(paths, logits):
+                for path, row in zip(paths, logits, strict=True):
                     if row.isfinite().all():
                         good.append(_prediction(path, row, labels, arguments.topk))
                     else:
@@ -253,7 +255,7 @@ def _prediction(path: str, logits: Any, labels: list[str] | None, topk: int) -> 
         "image": path,
         "predictions": [
             {"class": index, "label": labels[index] if labels else None, "probability": value}
-            for index, value in zip(classes.tolist(), values.tolist())
+            for index, value in zip(classes.tolist(), values.tolist(), strict=True)
         ],
     }
 

@@ -12,7 +12,7 @@ from ._output import document, progress, table
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from riformer import RIFormer
 
     from riformer_kernels.numerics import ErrorRatios
 
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def _model(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+def _model(arguments: argparse.Namespace) -> tuple[RIFormer, dict[str, Any]]:
     if arguments.checkpoint:
         source = read(arguments.checkpoint)
         options = {} if arguments.deploy is None else {"deploy": arguments.deploy}
@@ -100,7 +100,7 @@ def _model(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     return model, {"arch": arch_name(model.arch), "form": form, "norm": model.norm_type, "parameters": parameters}
 
 
-def _verify(model: nn.Module, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def _verify(model: RIFormer, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """All comparisons in one dtype."""
     import riformer_kernels
     from riformer_kernels import verification
@@ -131,7 +131,7 @@ def _verify(model: nn.Module, name: str, arguments: argparse.Namespace) -> dict[
     }
 
 
-def _widen(model: nn.Module, seed: int) -> None:
+def _widen(model: RIFormer, seed: int) -> None:
     """Add random rows of the same size to a classifier of few classes, so that its error is no matter of luck."""
     import torch
 
@@ -148,7 +148,7 @@ def _widen(model: nn.Module, seed: int) -> None:
 
 
 def _whole(
-    patched: tuple[nn.Module, nn.Module], eager: nn.Module, golden: nn.Module, arguments: argparse.Namespace
+    patched: tuple[RIFormer, RIFormer], eager: RIFormer, golden: RIFormer, arguments: argparse.Namespace
 ) -> list[tuple[str, int, ErrorRatios]]:
     """Features and logits at the asked size; ``patched``: without and with classifier.
 
@@ -166,10 +166,11 @@ def _whole(
         shape = (arguments.batch, eager.in_channels, arguments.image_size, arguments.image_size)
         x = torch.randn(shape, generator=generator).to(kind)
         ours = patched[0](x) + ((patched[1](x),) if eager.num_classes else ())
-        batches.append(list(zip(ours, _original(eager, x), _original(golden, x.double()))))
+        batches.append(list(zip(ours, _original(eager, x), _original(golden, x.double()), strict=True)))
 
     def judge(index: int) -> ErrorRatios:
-        return numerics.compare(*(torch.cat(values) for values in zip(*(batch[index] for batch in batches))))
+        ours, eager, golden = (torch.cat(values) for values in zip(*(batch[index] for batch in batches), strict=True))
+        return numerics.compare(ours, eager, golden)
 
     with torch.inference_mode():
         sample()
@@ -184,13 +185,13 @@ def _whole(
     return results
 
 
-def _original(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _original(model: RIFormer, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Features and logits of an unpatched model."""
     features = model.forward_features(x)
     return (*features, model.head(features)) if model.num_classes else features
 
 
-def _headless(model: nn.Module) -> nn.Module:
+def _headless(model: RIFormer) -> RIFormer:
     """A twin with the same parameters that returns features."""
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     if twin.num_classes:

@@ -91,18 +91,23 @@ def _versions() -> dict[str, str | None]:
 
     import riformer_kernels
 
-    found = {
+    found: dict[str, str | None] = {
         "riformer_kernels": riformer_kernels.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
     # Looked up, not imported: mmpretrain's import takes seconds and may fail.
-    for name in ("numpy", "safetensors", "pillow", "rich", "triton", "mmpretrain"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return found | {
+        name: _installed(name) for name in ("numpy", "safetensors", "pillow", "rich", "triton", "mmpretrain")
+    }
+
+
+def _installed(name: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _features() -> dict[str, bool]:
@@ -122,7 +127,7 @@ def _backends(status: dict[str, Any]) -> list[dict[str, Any]]:
         reason = backend.unusable()
         row = {
             "name": backend.name,
-            "built": built[backend.name] if backend.name in built else True,
+            "built": built.get(backend.name, True),
             "usable": reason is None,
             "why_not": reason,
             "chosen_by_auto": backend.automatic,
@@ -179,9 +184,10 @@ def _print(found: dict[str, Any]) -> None:
         )
     table(("backend", "built", "usable", "device", "dtypes", "detail, or why not"), rows)
     print()
-    rows = []
-    for variable in found["environment"]:
-        value = "(unset)" if variable["value"] is None else variable["value"]
-        rows.append((variable["name"], value, variable["read"], variable["meaning"]))
-    table(("variable", "value", "read", "meaning"), rows)
+    variables = [
+        (variable["name"], "(unset)" if variable["value"] is None else variable["value"], variable["read"],
+         variable["meaning"])
+        for variable in found["environment"]
+    ]  # fmt: skip
+    table(("variable", "value", "read", "meaning"), variables)
     sys.stdout.flush()

@@ -1,6 +1,9 @@
 """The command line ``riformer-kernels``: info, verify, predict, convert, bench.
 
-Results go to stdout, progress and errors to stderr. torch is imported by the commands that need it, when they run.
+A package of its own, because importing ``riformer_kernels`` imports torch, which takes seconds. The modules here import
+torch and the engine inside the functions that need them, so ``--help`` and a usage error need neither.
+
+Results go to stdout, progress and errors to stderr.
 """
 
 from __future__ import annotations
@@ -39,10 +42,20 @@ class _Version(argparse.Action):
         super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, help="show the version and exit")
 
     def __call__(self, parser: argparse.ArgumentParser, *_arguments: object) -> NoReturn:
+        print(f"riformer-kernels {_version()}")
+        parser.exit()
+
+
+def _version() -> str:
+    """The installed package's version; of a source tree that is not installed, what its source says."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("riformer-kernels")
+    except metadata.PackageNotFoundError:
         import riformer_kernels
 
-        print(f"riformer-kernels {riformer_kernels.__version__}")
-        parser.exit()
+        return riformer_kernels.__version__
 
 
 def parser() -> argparse.ArgumentParser:

@@ -120,7 +120,8 @@ def check_arch(source: Source, arch: str | None) -> None:
         wanted = riformer.resolve_arch(riformer.find_entry(arch).arch if is_published(arch) else arch)
     if not wanted.same_shape(source.info.arch):
         raise CliError(
-            f"{source.path} holds arch {source.arch}, and --arch says {arch}. Leave --arch out: a checkpoint tells its own"
+            f"{source.path} holds arch {source.arch}, and --arch says {arch}. Leave --arch out: a checkpoint tells "
+            "its own"
         )
 
 
