@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../common/arguments.h"
+#include "../common/ops.h"
 #include "dispatch.h"
 
 namespace {
@@ -126,7 +127,8 @@ std::tuple<Tensor, Tensor> block(const Tensor& x, const OptionalTensor& moments,
   return {in_layout_of(x, out), out_moments};
 }
 
-void block_in_place(Tensor x, OptionalTensor moments, RIFORMER_BLOCK_PARAMETERS) {
+// The trailing underscore is PyTorch's mark of an op that writes over its arguments.
+void block_(Tensor x, OptionalTensor moments, RIFORMER_BLOCK_PARAMETERS) {
   Parameters parameters;
   riformer::cpu::BlockArgs args{};
   describe_block(args, parameters, x, RIFORMER_BLOCK_ARGUMENTS);
@@ -200,14 +202,7 @@ Tensor head(const Tensor& x, const OptionalTensor& moments, const Tensor& norm_w
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(riformer, CPU, library) {
-  library.impl("moments", TORCH_BOX(&moments));
-  library.impl("embed", TORCH_BOX(&embed));
-  library.impl("block", TORCH_BOX(&block));
-  library.impl("block_", TORCH_BOX(&block_in_place));
-  library.impl("norm", TORCH_BOX(&norm));
-  library.impl("head", TORCH_BOX(&head));
-}
+STABLE_TORCH_LIBRARY_IMPL(riformer, CPU, library) { RIFORMER_FOR_EACH_OP(RIFORMER_REGISTER_OP) }
 
 // For Python, through ctypes. The text stays valid until the calling thread's next call.
 extern "C" __attribute__((visibility("default"))) const char* riformer_cpu_describe() {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../common/dtypes.h"
+#include "../common/ops.h"
 
 namespace riformer::cpu {
 
@@ -90,11 +91,9 @@ struct MomentsArgs {
 // The kernels of one instruction set. Each returns the bytes of memory that it could not get, 0 on success.
 struct Kernels {
   const char* name;
-  int64_t (*moments)(const MomentsArgs&);
-  int64_t (*embed)(const EmbedArgs&);
-  int64_t (*block)(const BlockArgs&);
-  int64_t (*norm)(const NormArgs&);
-  int64_t (*head)(const HeadArgs&);
+#define RIFORMER_KERNEL_POINTER(op, Args) int64_t (*op)(const Args&);
+  RIFORMER_FOR_EACH_KERNEL(RIFORMER_KERNEL_POINTER)
+#undef RIFORMER_KERNEL_POINTER
 };
 
 extern const Kernels kScalarKernels;
