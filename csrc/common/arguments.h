@@ -48,15 +48,24 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
-inline DType dtype_of(ScalarType dtype, const char* name) {
-  switch (dtype) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default:
-      fail("riformer: ", name, " has dtype ", torch::headeronly::toString(dtype),
-           ", expected Float, BFloat16 or Half; convert it first");
-  }
+// PyTorch's name of an element type. A type without an overload does not compile in scalar_type_of.
+constexpr ScalarType scalar_type_of_element(float) { return ScalarType::Float; }
+constexpr ScalarType scalar_type_of_element(bf16) { return ScalarType::BFloat16; }
+constexpr ScalarType scalar_type_of_element(f16) { return ScalarType::Half; }
+
+inline ScalarType scalar_type_of(DType dtype) {
+  return with_dtype(dtype, [](auto element) { return scalar_type_of_element(element); });
+}
+
+inline DType dtype_of(ScalarType type, const char* name) {
+  for (const DType dtype : kDTypes)
+    if (scalar_type_of(dtype) == type) return dtype;
+  constexpr size_t kCount = sizeof(kDTypes) / sizeof(kDTypes[0]);
+  std::ostringstream served;
+  for (size_t i = 0; i < kCount; ++i)
+    served << (i == 0 ? "" : i + 1 < kCount ? ", " : " or ") << torch::headeronly::toString(scalar_type_of(kDTypes[i]));
+  fail("riformer: ", name, " has dtype ", torch::headeronly::toString(type), ", expected ", served.str(),
+       "; convert it first");
 }
 
 inline void check_tokens(const Tensor& x, const char* op) {

@@ -380,15 +380,11 @@ struct BlockKernel {
 
 namespace riformer::RIFORMER_ISA {
 
-template <class T>
-inline int64_t block_of(const cpu::BlockArgs& args) {
-  return BlockKernel<T, typename GemmFor<T>::Type>(args).run();
-}
-
 inline int64_t block(const cpu::BlockArgs& args) {
-  if (args.dtype == DType::f32) return block_of<float>(args);
-  if (args.dtype == DType::bf16) return block_of<bf16>(args);
-  return block_of<f16>(args);
+  return with_dtype(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    return BlockKernel<T, typename GemmFor<T>::Type>(args).run();
+  });
 }
 
 }  // namespace riformer::RIFORMER_ISA

@@ -359,17 +359,11 @@ struct EmbedKernel {
   }
 };
 
-template <class X>
-inline int64_t embed_from(const cpu::EmbedArgs& args) {
-  if (args.dtype == DType::f32) return EmbedKernel<X, float, typename GemmFor<float>::Type>(args).run();
-  if (args.dtype == DType::bf16) return EmbedKernel<X, bf16, typename GemmFor<bf16>::Type>(args).run();
-  return EmbedKernel<X, f16, typename GemmFor<f16>::Type>(args).run();
-}
-
 inline int64_t embed(const cpu::EmbedArgs& args) {
-  if (args.x_dtype == DType::f32) return embed_from<float>(args);
-  if (args.x_dtype == DType::bf16) return embed_from<bf16>(args);
-  return embed_from<f16>(args);
+  return with_dtypes(args.x_dtype, args.dtype, [&](auto x, auto out) {
+    using T = decltype(out);
+    return EmbedKernel<decltype(x), T, typename GemmFor<T>::Type>(args).run();
+  });
 }
 
 }  // namespace riformer::RIFORMER_ISA

@@ -177,6 +177,11 @@ inline void multiply(int vectors, const typename Gemm::Element* weight, int64_t 
   Gemm::template run<kUsed>(weight, stride, panel, depth, c, accumulate);
 }
 
+// The product that serves tokens of element type T. Each instruction set says it for every type (kernels_*.cpp): there
+// is no definition for "all others", so that a type that nobody thought of does not compile.
+template <class T>
+struct GemmFor;
+
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Between equal types bit by bit; a conversion flushes bfloat16's subnormal numbers.
@@ -228,8 +233,7 @@ struct Weights {
   int64_t padded_rows() const { return round_up(rows, Gemm::kRows); }
 
   bool reads_parameter() const {
-    constexpr DType kNative = sizeof(Element) == 4 ? DType::f32 : DType::bf16;
-    return from.dtype == kNative && rows % Gemm::kRows == 0 && (!channels_last || taps == 1) &&
+    return from.dtype == ElementTraits<Element>::kDType && rows % Gemm::kRows == 0 && (!channels_last || taps == 1) &&
            chunk * taps % Gemm::kStep == 0 && channels * taps % Gemm::kStep == 0;
   }
   int64_t copy_elements() const {
@@ -261,12 +265,7 @@ struct Weights {
     }
   }
   void copy_rows(int64_t begin, int64_t end) const {
-    if (from.dtype == DType::f32)
-      copy_rows_from(static_cast<const float*>(from.data), begin, end);
-    else if (from.dtype == DType::bf16)
-      copy_rows_from(static_cast<const bf16*>(from.data), begin, end);
-    else
-      copy_rows_from(static_cast<const f16*>(from.data), begin, end);
+    with_values(from, [&](const auto* matrix) { copy_rows_from(matrix, begin, end); });
   }
 
   static void run_copy(int64_t begin, int64_t end, void* context) {

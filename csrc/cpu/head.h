@@ -105,12 +105,7 @@ struct HeadKernel {
     const auto& kernel = *static_cast<const HeadKernel*>(context);
     const cpu::HeadArgs& args = kernel.args;
     const int64_t first = begin * kClasses, last = end * kClasses < args.classes ? end * kClasses : args.classes;
-    if (args.fc_weight.dtype == DType::f32)
-      kernel.classify(static_cast<const float*>(args.fc_weight.data), first, last);
-    else if (args.fc_weight.dtype == DType::bf16)
-      kernel.classify(static_cast<const bf16*>(args.fc_weight.data), first, last);
-    else
-      kernel.classify(static_cast<const f16*>(args.fc_weight.data), first, last);
+    with_values(args.fc_weight, [&](const auto* weight) { kernel.classify(weight, first, last); });
   }
 
   int64_t run() {
@@ -125,17 +120,9 @@ struct HeadKernel {
   }
 };
 
-template <class X>
-inline int64_t head_from(const cpu::HeadArgs& args) {
-  if (args.dtype == DType::f32) return HeadKernel<X, float>(args).run();
-  if (args.dtype == DType::bf16) return HeadKernel<X, bf16>(args).run();
-  return HeadKernel<X, f16>(args).run();
-}
-
 inline int64_t head(const cpu::HeadArgs& args) {
-  if (args.x_dtype == DType::f32) return head_from<float>(args);
-  if (args.x_dtype == DType::bf16) return head_from<bf16>(args);
-  return head_from<f16>(args);
+  return with_dtypes(args.x_dtype, args.dtype,
+                     [&](auto x, auto out) { return HeadKernel<decltype(x), decltype(out)>(args).run(); });
 }
 
 }  // namespace riformer::RIFORMER_ISA

@@ -17,13 +17,17 @@
 #include "amx_tile.h"
 
 namespace riformer::RIFORMER_ISA {
-template <class T>
-struct GemmFor {
+template <>
+struct GemmFor<float> {
   using Type = GemmFloat32;
 };
 template <>
 struct GemmFor<bf16> {
   using Type = GemmAmx;
+};
+template <>
+struct GemmFor<f16> {
+  using Type = GemmFloat32;
 };
 }  // namespace riformer::RIFORMER_ISA
 

@@ -12,13 +12,17 @@
 #include "gemm.h"
 
 namespace riformer::avx512 {
-template <class T>
-struct GemmFor {
+template <>
+struct GemmFor<float> {
   using Type = GemmFloat32;
 };
 template <>
 struct GemmFor<bf16> {
   using Type = GemmBfloat16;
+};
+template <>
+struct GemmFor<f16> {
+  using Type = GemmFloat32;
 };
 }  // namespace riformer::avx512
 

@@ -12,8 +12,16 @@
 #include "gemm.h"
 
 namespace riformer::scalar {
-template <class T>
-struct GemmFor {
+template <>
+struct GemmFor<float> {
+  using Type = GemmFloat32;
+};
+template <>
+struct GemmFor<bf16> {
+  using Type = GemmFloat32;
+};
+template <>
+struct GemmFor<f16> {
   using Type = GemmFloat32;
 };
 }  // namespace riformer::scalar

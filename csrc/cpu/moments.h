@@ -136,9 +136,7 @@ int64_t moments_of(const cpu::MomentsArgs& args) {
 }
 
 inline int64_t moments(const cpu::MomentsArgs& args) {
-  if (args.dtype == DType::f32) return moments_of<float>(args);
-  if (args.dtype == DType::bf16) return moments_of<bf16>(args);
-  return moments_of<f16>(args);
+  return with_dtype(args.dtype, [&](auto element) { return moments_of<decltype(element)>(args); });
 }
 
 }  // namespace riformer::RIFORMER_ISA

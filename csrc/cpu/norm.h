@@ -82,18 +82,10 @@ struct NormKernel {
   }
 };
 
-template <class X>
-inline int64_t norm_from(const cpu::NormArgs& args) {
-  const Tiles tiles(args.batch, args.positions);
-  if (args.dtype == DType::f32) return NormKernel<X, float>{args, tiles}.run();
-  if (args.dtype == DType::bf16) return NormKernel<X, bf16>{args, tiles}.run();
-  return NormKernel<X, f16>{args, tiles}.run();
-}
-
 inline int64_t norm(const cpu::NormArgs& args) {
-  if (args.x_dtype == DType::f32) return norm_from<float>(args);
-  if (args.x_dtype == DType::bf16) return norm_from<bf16>(args);
-  return norm_from<f16>(args);
+  return with_dtypes(args.x_dtype, args.dtype, [&](auto x, auto out) {
+    return NormKernel<decltype(x), decltype(out)>{args, Tiles(args.batch, args.positions)}.run();
+  });
 }
 
 }  // namespace riformer::RIFORMER_ISA

@@ -168,13 +168,16 @@ struct Arena {
   }
 };
 
+// Calls f with the parameter's values, as a pointer to their own type.
+template <class F>
+inline auto with_values(const Parameter& parameter, F&& f) {
+  return with_dtype(parameter.dtype,
+                    [&](auto element) { return f(static_cast<const decltype(element)*>(parameter.data)); });
+}
+
 inline double read(const Parameter& parameter, int64_t index, double absent) {
   if (!parameter.data) return absent;
-  switch (parameter.dtype) {
-    case DType::f32: return static_cast<const float*>(parameter.data)[index];
-    case DType::bf16: return widen(static_cast<const bf16*>(parameter.data)[index]);
-    default: return widen(static_cast<const f16*>(parameter.data)[index]);
-  }
+  return with_values(parameter, [&](const auto* values) { return static_cast<double>(widen(values[index])); });
 }
 
 inline void read_all(const Parameter& parameter, int64_t count, double absent, float* to) {
