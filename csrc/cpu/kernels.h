@@ -90,19 +90,10 @@ struct MomentsArgs {
 
 // The kernels of one instruction set. Each returns the bytes of memory that it could not get, 0 on success.
 struct Kernels {
-  const char* name;
 #define RIFORMER_KERNEL_POINTER(op, Args) int64_t (*op)(const Args&);
   RIFORMER_FOR_EACH_KERNEL(RIFORMER_KERNEL_POINTER)
 #undef RIFORMER_KERNEL_POINTER
 };
-
-extern const Kernels kScalarKernels;
-#ifdef RIFORMER_X86
-extern const Kernels kAvx2Kernels;
-extern const Kernels kAvx512Kernels;
-extern const Kernels kAmxKernels;
-extern const Kernels kAmxEmulatedKernels;
-#endif
 
 // At least `bytes` of 64-byte aligned memory that belongs to the calling thread until its next call for the same slot
 // (0: a task's own, 1: what a caller shares with the threads that it runs); null when there is none to be had. It grows
@@ -110,3 +101,24 @@ extern const Kernels kAmxEmulatedKernels;
 void* thread_scratch(int64_t bytes, int slot = 0);
 
 }  // namespace riformer::cpu
+
+// RIFORMER_ON_x86(text) is the text where the compiler's target is x86, and nothing elsewhere.
+#define RIFORMER_ON_any(...) __VA_ARGS__
+#ifdef __x86_64__
+#define RIFORMER_ON_x86(...) __VA_ARGS__
+#else
+#define RIFORMER_ON_x86(...)
+#endif
+#ifdef __aarch64__
+#define RIFORMER_ON_aarch64(...) __VA_ARGS__
+#else
+#define RIFORMER_ON_aarch64(...)
+#endif
+
+// The tables themselves, riformer::avx2::kKernels and so on, one for each entry of instruction_sets.def. all_kernels.h
+// defines them.
+namespace riformer {
+#define SET(architecture, space, ...) \
+  RIFORMER_ON_##architecture(namespace space { extern const cpu::Kernels kKernels; })
+#include "instruction_sets.def"
+}  // namespace riformer

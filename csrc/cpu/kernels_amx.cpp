@@ -1,6 +1,4 @@
 // AMX bf16 tiles for bfloat16 tokens; everything else as AVX-512. Compiled a second time with RIFORMER_AMX_EMULATED.
-#include <cstdlib>
-
 #ifdef RIFORMER_AMX_EMULATED
 #define RIFORMER_ISA amx_emulated
 #else
@@ -12,7 +10,6 @@
 
 #include "vec_avx512.h"
 #include "vec_math.h"
-// Below here everything is written once, for the vector type above.
 #include "gemm.h"
 #include "amx_tile.h"
 
@@ -31,16 +28,4 @@ struct GemmFor<f16> {
 };
 }  // namespace riformer::RIFORMER_ISA
 
-#include "block.h"
-#include "embed.h"
-#include "head.h"
-#include "norm.h"
-
-namespace riformer::cpu {
-#ifdef RIFORMER_AMX_EMULATED
-const Kernels kAmxEmulatedKernels = {"amx-emulated",      amx_emulated::moments, amx_emulated::embed,
-                                     amx_emulated::block, amx_emulated::norm,    amx_emulated::head};
-#else
-const Kernels kAmxKernels = {"amx", amx::moments, amx::embed, amx::block, amx::norm, amx::head};
-#endif
-}  // namespace riformer::cpu
+#include "all_kernels.h"

@@ -1,6 +1,4 @@
 // Plain C++: any machine.
-#include <cstdlib>
-
 #define RIFORMER_ISA scalar
 #define RIFORMER_GEMM_ROWS 4
 #define RIFORMER_GEMM_VECTORS 8
@@ -8,7 +6,6 @@
 
 #include "vec_scalar.h"
 #include "vec_math.h"
-// Below here everything is written once, for the vector type above.
 #include "gemm.h"
 
 namespace riformer::scalar {
@@ -26,11 +23,4 @@ struct GemmFor<f16> {
 };
 }  // namespace riformer::scalar
 
-#include "block.h"
-#include "embed.h"
-#include "head.h"
-#include "norm.h"
-
-namespace riformer::cpu {
-const Kernels kScalarKernels = {"scalar", scalar::moments, scalar::embed, scalar::block, scalar::norm, scalar::head};
-}
+#include "all_kernels.h"
