@@ -1,7 +1,10 @@
-// AMX bf16 tiles for bfloat16 tokens; everything else as AVX-512. Compiled a second time with RIFORMER_AMX_EMULATED.
+// The instruction set "amx": AMX bf16 tiles for bfloat16 tokens, everything else as AVX-512. Compiled once more with
+// RIFORMER_AMX_EMULATED as "amx-emulated", whose tile registers are emulated in memory.
 #ifdef RIFORMER_AMX_EMULATED
+namespace riformer::amx_emulated {}
 #define RIFORMER_ISA amx_emulated
 #else
+namespace riformer::amx {}
 #define RIFORMER_ISA amx
 #endif
 #define RIFORMER_GEMM_ROWS 8
@@ -9,9 +12,7 @@
 #define RIFORMER_TASK_BYTES (512 * 1024)
 
 #include "vec_avx512.h"
-#include "vec_math.h"
-#include "gemm.h"
-#include "amx_tile.h"
+#include "gemm_amx.h"
 
 namespace riformer::RIFORMER_ISA {
 template <>

@@ -1,11 +1,10 @@
-// AVX2, FMA and F16C: float32 products for every dtype.
+// The instruction set "avx2": AVX2, FMA and F16C. float32 products for every dtype.
 #define RIFORMER_ISA avx2
 #define RIFORMER_GEMM_ROWS 4
 #define RIFORMER_GEMM_VECTORS 3
 #define RIFORMER_TASK_BYTES (512 * 1024)
 
 #include "vec_avx2.h"
-#include "vec_math.h"
 #include "gemm.h"
 
 namespace riformer::avx2 {

@@ -1,12 +1,12 @@
-// AVX-512 F, BW, DQ, VL and BF16: bfloat16 products for bfloat16 tokens, float32 products for the others.
+// The instruction set "avx512": AVX-512 F, BW, DQ, VL and BF16. bfloat16 products for bfloat16 tokens, float32 products
+// for the others.
 #define RIFORMER_ISA avx512
 #define RIFORMER_GEMM_ROWS 8
 #define RIFORMER_GEMM_VECTORS 3
 #define RIFORMER_TASK_BYTES (512 * 1024)
 
 #include "vec_avx512.h"
-#include "vec_math.h"
-#include "gemm.h"
+#include "gemm_avx512_bf16.h"
 
 namespace riformer::avx512 {
 template <>

@@ -1,11 +1,10 @@
-// Plain C++: any machine.
+// The instruction set "scalar": plain C++, for any machine.
 #define RIFORMER_ISA scalar
 #define RIFORMER_GEMM_ROWS 4
 #define RIFORMER_GEMM_VECTORS 8
 #define RIFORMER_TASK_BYTES (128 * 1024)
 
 #include "vec_scalar.h"
-#include "vec_math.h"
 #include "gemm.h"
 
 namespace riformer::scalar {

@@ -1,8 +1,12 @@
 // The norm of a feature map, its statistics taken from the moments (GroupNorm) or from each position (LayerNorm).
 #pragma once
 
-#include "moments.h"
+#include <cstdint>
+
+#include "lanes.h"
+#include "memory.h"
 #include "norm_map.h"
+#include "tiles.h"
 
 namespace riformer::RIFORMER_ISA {
 
@@ -10,7 +14,9 @@ template <class X, class T>
 struct NormKernel {
   const cpu::NormArgs& args;
   Tiles tiles;
-  float* maps = nullptr;  // per image: centre (16 floats), scale, shift; with per_position: weight, bias
+  // Per image: the centre, padded to 16 floats, then scale and shift [channels]. With per_position once for all images:
+  // weight and bias [channels].
+  float* maps = nullptr;
 
   int64_t map_floats() const { return 16 + 2 * args.channels; }
 

@@ -100,13 +100,4 @@ inline Vec gelu_table(Vec x, const float (&table)[kDegree + 1][kGeluSegments], f
   return {_mm512_fnmadd_ps(p.v, f.v, (max(x, Vec::zero()) - coefficient(0)).v)};
 }
 
-// Two rows rounded to bfloat16 and interleaved lane by lane: to[2 i] = a_i, to[2 i + 1] = b_i.
-inline __m512i pairs(Vec a, Vec b) {
-  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
-}
-inline void store_pairs(bf16* to, Vec a, Vec b) { _mm512_storeu_si512(to, pairs(a, b)); }
-inline void store_pairs_n(bf16* to, Vec a, Vec b, int n) { _mm512_mask_storeu_epi32(to, Vec::mask(n), pairs(a, b)); }
-
 }  // namespace riformer::RIFORMER_ISA

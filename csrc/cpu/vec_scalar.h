@@ -1,4 +1,15 @@
-// The vector type of the plain C++ kernels: one lane. Also the definition of what the wider ones must compute.
+// The vector type of the plain C++ kernels: one lane. It also defines what the wider ones (vec_*.h) must compute.
+//
+// A vec_*.h must offer, in the namespace RIFORMER_ISA:
+//   Vec                     kLanes, broadcast, zero, load, load_n, store, store_n, sum; loads and stores for each
+//   element
+//                           type of common/dtypes.h, widening to float32 and rounding to nearest even
+//   + - *, fma, clamp, abs, rsqrt, keep_n, lane_sums
+//   reciprocal, if_negative, nearest, scale_exponent      for the GELU of vec_math.h
+// It may offer:
+//   gelu_table, and the macro RIFORMER_GELU_TABLE         vec_math.h then takes GELU from the tables of
+//                           common/gelu_table.h, and the four functions for its own GELU are not needed
+// A struct is required, since kernels keep arrays of Vec: vectors whose size is unknown to the compiler do not fit in.
 #pragma once
 
 #include <cmath>
@@ -8,8 +19,8 @@
 
 namespace riformer::RIFORMER_ISA {
 
-// One vector of float32 lanes. `n` counts lanes: a partial load fills the others with zero, a partial store leaves
-// memory past `n` untouched.
+// float32 lanes. load_n reads `n` lanes and sets the others to zero; store_n leaves memory past `n` lanes untouched.
+// There n may be larger than kLanes, and then counts as kLanes.
 struct Vec {
   static constexpr int kLanes = 1;
   float v;
