@@ -72,6 +72,7 @@ bool request_tiles() {
 #endif
 }
 
+// The features of this machine. A processor's registers can be used only if the operating system saves their state.
 unsigned detect() {
   unsigned a, b, c, d, found = 0;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;

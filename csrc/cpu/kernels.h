@@ -9,7 +9,7 @@
 
 namespace riformer::cpu {
 
-// Runs task(begin, end, context) over [0, count) on PyTorch's own threads.
+// PyTorch's threads. run() calls task(begin, end, context) for parts of [0, count), on several threads at once.
 struct Pool {
   void (*run)(int64_t count, void (*task)(int64_t begin, int64_t end, void* context), void* context);
   int64_t threads;
@@ -95,9 +95,9 @@ struct Kernels {
 #undef RIFORMER_KERNEL_POINTER
 };
 
-// At least `bytes` of 64-byte aligned memory that belongs to the calling thread until its next call for the same slot
-// (0: a task's own, 1: what a caller shares with the threads that it runs); null when there is none to be had. It grows
-// and is kept, since a stage asks for the same amount over and over.
+// Working memory of the calling thread, at least `bytes`, 64-byte aligned; null when memory is out. Valid until the
+// thread's next call for the same slot: 0 is a task's own memory, 1 is what a caller shares with the threads that it
+// starts. The memory is kept between calls, since the blocks of a stage ask for the same amount over and over.
 void* thread_scratch(int64_t bytes, int slot = 0);
 
 }  // namespace riformer::cpu
@@ -115,8 +115,7 @@ void* thread_scratch(int64_t bytes, int slot = 0);
 #define RIFORMER_ON_aarch64(...)
 #endif
 
-// The tables themselves, riformer::avx2::kKernels and so on, one for each entry of instruction_sets.def. all_kernels.h
-// defines them.
+// riformer::avx2::kKernels and so on: the table of each instruction set. all_kernels.h defines it.
 namespace riformer {
 #define SET(architecture, space, ...) \
   RIFORMER_ON_##architecture(namespace space { extern const cpu::Kernels kKernels; })
