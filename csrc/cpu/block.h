@@ -5,9 +5,8 @@
 // A task (tiles.h) goes through these phases:
 //   1. normalise: z into panels of the product's element type. With GroupNorm, z is one affine map of x per image and
 //      channel (norm_map.h).
-//   2. for each chunk of hidden channels and each panel: first_product (W1, bias, GELU) and second_product (W2, added
-//   to
-//      float32 sums).
+//   2. for each chunk of hidden channels and each panel: first_product (W1, bias, GELU), then second_product (W2, added
+//      to float32 sums).
 //   3. with the last chunk: finish adds the bias, the layer scale and the residual, and stores.
 //   4. the moments of what was stored, for the next block.
 #pragma once
@@ -24,6 +23,8 @@
 
 namespace riformer::RIFORMER_ISA {
 
+constexpr int64_t kMostTaskTokens = 384;
+
 // The sizes of a task. They depend on the widths alone, never on the batch.
 struct BlockChoice {
   int64_t tokens;        // wanted per task
@@ -33,11 +34,11 @@ struct BlockChoice {
 template <class Gemm>
 inline BlockChoice choose_block(int64_t channels, int64_t hidden, bool per_position) {
   const int64_t element = sizeof(typename Gemm::Element);
-  const int64_t fit = 512 / element;
+  const int64_t fit = 512 / element;  // in the hidden chunk
   const int64_t per_token = channels * (element + 4 + (per_position ? 4 : 0));
   int64_t tokens = task_bytes<Gemm>() / per_token / Gemm::kTokens * Gemm::kTokens;
   tokens = tokens < Gemm::kTokens ? Gemm::kTokens : tokens;
-  return {tokens < 384 ? tokens : 384, hidden < fit ? hidden : fit};
+  return {tokens < kMostTaskTokens ? tokens : kMostTaskTokens, hidden < fit ? hidden : fit};
 }
 
 template <class T, class Gemm>
@@ -47,9 +48,8 @@ struct SplitBlock;
 // thread, all of them would read all weights, which takes most of the time at batch 1 (bench/NOTES.md). The results are
 // the same to the bit.
 inline bool splits_channels(const cpu::BlockArgs& args, const Tasks& tasks) {
-  constexpr int64_t kMostTokens = 384;
   return args.pool.threads > 1 && !args.per_position && tasks.count <= args.pool.threads &&
-         args.batch * args.positions <= kMostTokens;
+         args.batch * args.positions <= kMostTaskTokens;
 }
 
 template <class T, class Gemm>

@@ -1,15 +1,17 @@
 // The vector type of the plain C++ kernels: one lane. It also defines what the wider ones (vec_*.h) must compute.
 //
-// A vec_*.h must offer, in the namespace RIFORMER_ISA:
-//   Vec                     kLanes, broadcast, zero, load, load_n, store, store_n, sum; loads and stores for each
-//   element
-//                           type of common/dtypes.h, widening to float32 and rounding to nearest even
-//   + - *, fma, clamp, abs, rsqrt, keep_n, lane_sums
-//   reciprocal, if_negative, nearest, scale_exponent      for the GELU of vec_math.h
+// Each vec_*.h must offer, in the namespace RIFORMER_ISA:
+//   Vec            a struct with kLanes, broadcast, zero, load, load_n, store, store_n and sum. Loads widen each
+//                  element type of common/dtypes.h to float32, stores round to nearest even. Kernels keep arrays of
+//                  Vec, so the compiler must know its size.
+//   functions      + - *, fma, clamp, abs, rsqrt, keep_n, lane_sums
+//   for GELU       reciprocal, if_negative, nearest, scale_exponent: used by vec_math.h
+//
 // It may offer:
-//   gelu_table, and the macro RIFORMER_GELU_TABLE         vec_math.h then takes GELU from the tables of
-//                           common/gelu_table.h, and the four functions for its own GELU are not needed
-// A struct is required, since kernels keep arrays of Vec: vectors whose size is unknown to the compiler do not fit in.
+//   gelu_table     with the macro RIFORMER_GELU_TABLE. vec_math.h then takes GELU from the tables of
+//                  common/gelu_table.h, and does not need the functions for GELU.
+//
+// Products that need instructions of their own, such as bfloat16's, are not part of it: see gemm_avx512_bf16.h.
 #pragma once
 
 #include <cmath>
