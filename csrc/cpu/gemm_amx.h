@@ -33,7 +33,7 @@ struct GemmAmx : PairPanel<2 * Vec::kLanes> {
       if (kUsed > 1) TILE_ZERO(1);
       if (kUsed > 1) TILE_ZERO(3);
     }
-    // Each loaded tile is multiplied twice. Loads stand between the products so that neither waits for the other.
+    // Every 32 k: four products from four loaded tiles.
     for (int64_t k = 0; k < depth; k += kStep) {
       const Element* b = panel + k * kTokens;
       TILE_LOAD(4, weight + k, stride * 2);

@@ -30,8 +30,8 @@ struct Tiles {
   }
 };
 
-// The tasks of a batch: of at most `wanted` tokens each (or one tile), and a multiple of the threads in number, so that
-// no thread waits for another's last task.
+// The tasks of a batch, of at most `wanted` tokens each (or one tile). Where there are tiles enough, the number of
+// tasks is a multiple of the number of threads, so that all threads have the same number of them.
 struct Tasks {
   Tiles tiles;
   int64_t count, tiles_per_task;
