@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A CPU-capable torch; any torch from 2.10 on works, this is the one that the results were measured with.
 TORCH ?= torch==2.13.0
 SOURCES := setup.py pyproject.toml CMakeLists.txt riformer_kernels/__init__.py \
-  $(wildcard csrc/*/CMakeLists.txt csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+  $(wildcard csrc/*/CMakeLists.txt csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.def)
 # Threads that wait in a busy loop make tests several times slower on a machine that does something else as well.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
@@ -29,13 +29,14 @@ compare: $(VENV)/.peers
 	$(BIN)/python bench/compare.py $(COMPARE)
 
 # The op tests once more under AddressSanitizer and UndefinedBehaviorSanitizer, on a second build of the library.
-# `pytest` and not `python -m pytest`, which would put this folder, and with it the normal library, first.
+# `pytest` and not `python -m pytest`, which would put this folder, and with it the normal library, first. -s, because the
+# report of a sanitizer would be lost in pytest's capture when the process is aborted.
 sanitize: $(VENV)/.test
 	RIFORMER_CUDA=off CMAKE_ARGS="-DRIFORMER_SANITIZE=address,undefined" $(PIP) install --quiet --no-build-isolation --no-deps \
 	  --upgrade --target build/sanitized .
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized OMP_WAIT_POLICY=passive \
-	  $(BIN)/pytest -q -p no:cacheprovider tests/install/test_sanitized.py
+	  $(BIN)/pytest -q -s -p no:cacheprovider tests/install/test_sanitized.py
 
 # The CUDA kernels under NVIDIA's checkers: accesses, races, barriers, memory that nobody wrote. Needs a GPU, a CUDA build
 # of torch (TORCH=...) and the CUDA toolkit. The small cases only, as kernels run some hundred times slower there; without

@@ -1,5 +1,5 @@
-// What the bindings of every device check and derive from the ops' arguments in the same way. Bindings only: it
-// includes torch, through the LibTorch stable ABI.
+// How the bindings of the CPU and of the CUDA library check the ops' arguments and fill the kernels' argument structs.
+// For bindings only: it includes torch, through the LibTorch stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -22,7 +22,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The parameters of `block` in the order of its schema, and their names to hand them on.
+// The parameters of `block` in the order of its schema: as a parameter list, and as arguments to pass them on.
 #define RIFORMER_BLOCK_PARAMETERS                                                                                      \
   const OptionalTensor &layer_scale_1, const OptionalTensor &norm1_weight, const OptionalTensor &norm1_bias,           \
       const OptionalTensor &affine_weight, const OptionalTensor &affine_bias, double eps1, const Tensor &norm2_weight, \
@@ -48,15 +48,24 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
-inline DType dtype_of(ScalarType dtype, const char* name) {
-  switch (dtype) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default:
-      fail("riformer: ", name, " has dtype ", torch::headeronly::toString(dtype),
-           ", expected Float, BFloat16 or Half; convert it first");
-  }
+// PyTorch's name of an element type. A type without an overload does not compile in scalar_type_of.
+constexpr ScalarType scalar_type_of_element(float) { return ScalarType::Float; }
+constexpr ScalarType scalar_type_of_element(bf16) { return ScalarType::BFloat16; }
+constexpr ScalarType scalar_type_of_element(f16) { return ScalarType::Half; }
+
+inline ScalarType scalar_type_of(DType dtype) {
+  return with_dtype(dtype, [](auto element) { return scalar_type_of_element(element); });
+}
+
+inline DType dtype_of(ScalarType type, const char* name) {
+  for (const DType dtype : kDTypes)
+    if (scalar_type_of(dtype) == type) return dtype;
+  constexpr size_t kCount = sizeof(kDTypes) / sizeof(kDTypes[0]);
+  std::ostringstream served;
+  for (size_t i = 0; i < kCount; ++i)
+    served << (i == 0 ? "" : i + 1 < kCount ? ", " : " or ") << torch::headeronly::toString(scalar_type_of(kDTypes[i]));
+  fail("riformer: ", name, " has dtype ", torch::headeronly::toString(type), ", expected ", served.str(),
+       "; convert it first");
 }
 
 inline void check_tokens(const Tensor& x, const char* op) {
@@ -70,7 +79,8 @@ void describe_tokens(Args& args, const Tensor& x) {
   args.positions = x.size(2) * x.size(3);
 }
 
-// A layout as PyTorch sees it: a tensor that is contiguous in both senses counts as contiguous.
+// Whether x is channels_last and not contiguous: a tensor that is both (one channel, or one position) counts as
+// contiguous, as it does in PyTorch.
 inline bool is_channels_last(const Tensor& x) {
   const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
   if (x.is_contiguous()) return false;
@@ -99,7 +109,8 @@ inline void check_vector(const Tensor& tensor, int64_t count, const char* name) 
   if (tensor.numel() != count) fail("riformer: ", name, " has ", tensor.numel(), " elements, expected ", count);
 }
 
-// [rows, columns] or [rows, columns, 1, 1]. Whether it is row-major as it lies; channels_last counts too.
+// Checks that a matrix is [rows, columns] or, as the weight of a 1x1 convolution, [rows, columns, 1, 1]. Returns
+// whether its memory is row-major, which a channels_last weight is too.
 inline bool check_matrix(const Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
   bool matches = (tensor.dim() == 2 || tensor.dim() == 4) && tensor.size(0) == rows && tensor.size(1) == columns;
   for (int64_t i = 2; matches && i < tensor.dim(); ++i) matches = tensor.size(i) == 1;
@@ -109,7 +120,8 @@ inline bool check_matrix(const Tensor& tensor, int64_t rows, int64_t columns, co
   return tensor.is_contiguous() || (tensor.stride(1) == 1 && tensor.stride(0) == columns);
 }
 
-// Sizes and strides of a convolution; `args.x` and what depends on the device are left to the caller.
+// Checks and fills in the sizes and strides of a convolution. The caller fills in the pointers and what depends on the
+// device.
 template <class Args>
 void describe_embed(Args& args, const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
   check_tokens(x, "embed");
@@ -142,7 +154,7 @@ void describe_embed(Args& args, const Tensor& x, const Tensor& weight, int64_t s
   args.stride_column = x.stride(3);
 }
 
-// Everything of a block but its tokens: checked against `x`. `parameters` keeps what it returns alive.
+// Checks and fills in everything of a block but its tokens and moments. `parameters` keeps the parameters alive.
 template <class Args, class Parameters>
 void describe_block(Args& args, Parameters& parameters, const Tensor& x, RIFORMER_BLOCK_PARAMETERS) {
   check_tokens(x, "block");

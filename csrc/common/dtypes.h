@@ -17,8 +17,9 @@ struct f16 {
 
 // The numbers are part of the interface with Python (riformer_kernels/backends/cuda.py).
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+constexpr DType kDTypes[] = {DType::f32, DType::bf16, DType::f16};
 
-// What the kernels ask of an element type. A new dtype is an entry here, one in DType and one in with_dtype.
+// What the kernels ask of an element type. A new dtype is an entry here, in DType, in kDTypes and in with_dtype.
 template <class T>
 struct ElementTraits;
 template <>
@@ -58,6 +59,12 @@ static inline auto with_dtype(DType dtype, F&& f) {
     case DType::f16: return f(f16{});
   }
   fail_unknown_dtype(dtype);
+}
+
+// The same for two dtypes at once.
+template <class F>
+static inline auto with_dtypes(DType first, DType second, F&& f) {
+  return with_dtype(first, [&](auto a) { return with_dtype(second, [&](auto b) { return f(a, b); }); });
 }
 
 static inline int64_t size_of(DType dtype) {

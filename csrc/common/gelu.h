@@ -1,4 +1,5 @@
-// Coefficients of the two GELU forms, shared by host and device code. Both approximate the exact (erf) GELU.
+// Coefficients of the two polynomial forms of GELU, x Phi(x), shared by host and device code. Both approximate the
+// exact (erf) GELU.
 #pragma once
 
 namespace riformer {

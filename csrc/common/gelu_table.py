@@ -51,7 +51,7 @@ def segment(table: Table, index: int) -> list[mpf]:
     nodes = [(low + high) / 2 + (high - low) / 2 * cos(pi * (2 * k + 1) / (2 * count)) for k in range(count)]
     values = [g((index + f) / scale) for f in nodes]
     if index == 0:
-        values = [(value - known[1] * f) / f**2 for f, value in zip(nodes, values)]
+        values = [(value - known[1] * f) / f**2 for f, value in zip(nodes, values, strict=True)]
     powers = matrix(count, count)
     for row, f in enumerate(nodes):
         for column in range(count):

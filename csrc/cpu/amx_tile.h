@@ -1,7 +1,7 @@
-// The eight tile registers, as instructions or, for machines without them, as memory.
+// AMX's eight tile registers: the instructions or, with RIFORMER_AMX_EMULATED, an emulation in memory.
 //
-// The emulation exists so that the AMX kernels' indexing, padding and layout are tested on every machine; it follows
-// the instruction's definition, not its speed.
+// With the emulation, the indexing, padding and layout of the AMX kernels are tested on every machine that has AVX-512.
+// It follows the definition of the instructions and is slow.
 #pragma once
 
 #include <immintrin.h>
@@ -32,7 +32,7 @@ inline void TILE_STORE(int tile, void* to, int64_t stride_bytes) {
   for (int row = 0; row < kTileRows; ++row)
     std::memcpy(static_cast<char*>(to) + row * stride_bytes, registers().tile[tile][row], kTileBytes);
 }
-// c[m][n] += sum_k a[m][2k] b[k][2n] + a[m][2k+1] b[k][2n+1]
+// c[m][n] += sum over k of a[m][2k] b[k][2n] + a[m][2k+1] b[k][2n+1], a and b of bfloat16
 inline void TILE_MULTIPLY(int tile_c, int tile_a, int tile_b) {
   for (int m = 0; m < kTileRows; ++m) {
     Vec c = Vec::load(reinterpret_cast<const float*>(registers().tile[tile_c][m]));
@@ -55,7 +55,7 @@ inline void tiles_release() {}
 
 #else
 
-// Macros, because GCC pastes the tile's number into the instruction.
+// Macros, because GCC pastes the tile's number into the text of the instruction.
 #define TILE_ZERO(tile) _tile_zero(tile)
 #define TILE_LOAD(tile, from, stride_bytes) _tile_loadd(tile, from, stride_bytes)
 #define TILE_STORE(tile, to, stride_bytes) _tile_stored(tile, to, stride_bytes)
@@ -73,49 +73,5 @@ inline void tiles_configure() {
 inline void tiles_release() { _tile_release(); }
 
 #endif
-
-// bfloat16 products in tiles: 32 rows of weights times 32 tokens, 32 k at a time.
-struct GemmAmx : PairPanel<2 * Vec::kLanes> {
-  static constexpr int kStep = 32;
-  static constexpr int kRows = 32;
-  static constexpr int kVectors = 2;
-
-  template <int kUsed>
-  static void run(const Element* weight, int64_t stride, const Element* panel, int64_t depth, float* c,
-                  bool accumulate) {
-    constexpr int64_t kRowBytes = kTokens * 4;  // of c, and of two k of the panel
-    float* lower = c + kTileRows * kTokens;
-    if (accumulate) {
-      TILE_LOAD(0, c, kRowBytes);
-      TILE_LOAD(2, lower, kRowBytes);
-      if (kUsed > 1) TILE_LOAD(1, c + 16, kRowBytes);
-      if (kUsed > 1) TILE_LOAD(3, lower + 16, kRowBytes);
-    } else {
-      TILE_ZERO(0);
-      TILE_ZERO(2);
-      if (kUsed > 1) TILE_ZERO(1);
-      if (kUsed > 1) TILE_ZERO(3);
-    }
-    for (int64_t k = 0; k < depth; k += kStep) {
-      const Element* b = panel + k * kTokens;
-      TILE_LOAD(4, weight + k, stride * 2);
-      TILE_LOAD(6, b, kRowBytes);
-      TILE_MULTIPLY(0, 4, 6);
-      if (kUsed > 1) TILE_LOAD(7, b + 32, kRowBytes);
-      if (kUsed > 1) TILE_MULTIPLY(1, 4, 7);
-      TILE_LOAD(5, weight + kTileRows * stride + k, stride * 2);
-      TILE_MULTIPLY(2, 5, 6);
-      if (kUsed > 1) TILE_MULTIPLY(3, 5, 7);
-    }
-    TILE_STORE(0, c, kRowBytes);
-    TILE_STORE(2, lower, kRowBytes);
-    if (kUsed > 1) TILE_STORE(1, c + 16, kRowBytes);
-    if (kUsed > 1) TILE_STORE(3, lower + 16, kRowBytes);
-  }
-
-  static Vec gelu(Vec x) { return gelu_bfloat16(x); }
-  static void begin() { tiles_configure(); }
-  static void end() { tiles_release(); }
-};
 
 }  // namespace riformer::RIFORMER_ISA

@@ -31,7 +31,7 @@ void report_memory(int64_t missing) {
   if (missing) fail("riformer: out of memory: ", missing, " bytes of working memory could not be had");
 }
 
-// Contiguous parameters stay alive here while the kernels read them.
+// Hands parameters to the kernels and keeps them alive, contiguous copies too, while the kernels read them.
 struct Parameters {
   std::vector<Tensor> held;
 
@@ -43,9 +43,11 @@ struct Parameters {
   Parameter matrix(const Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
     return check_matrix(tensor, rows, columns, name) ? keep(tensor, name) : hold(tensor, name);
   }
+  // The tensor or, where it is not contiguous, a contiguous copy.
   Parameter hold(const Tensor& tensor, const char* name) {
     return keep(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor), name);
   }
+  // The tensor as it lies in memory.
   Parameter keep(const Tensor& tensor, const char* name) {
     if (!tensor.is_cpu()) fail("riformer: ", name, " is not on the CPU, the tokens are");
     held.push_back(tensor);
@@ -59,7 +61,7 @@ Tensor in_layout_of(const Tensor& x, const Tensor& result) {
   return is_channels_last(x) ? torch::stable::contiguous(result, MemoryFormat::ChannelsLast) : result;
 }
 
-// Float32 [B, 2, C], contiguous; null with per_position.
+// The moments as the kernels read them, float32 [B, 2, C] contiguous; null with per_position. `held` keeps them alive.
 const float* moments_data(const OptionalTensor& moments, const Tensor& x, bool per_position, Tensor& held) {
   if (per_position) return nullptr;
   check_moments(moments, x);

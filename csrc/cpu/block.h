@@ -1,45 +1,55 @@
-// One RIFormer block in one pass: x is read, out is written, and the hidden tensor lives in a core's own cache.
+// One RIFormer block in one pass: x is read, out is written, and the hidden tensor stays in the caches of a core.
 //
-// A task is a run of tokens. It normalises them into panels of the product's element type (both norms and the first
-// residual are one affine map per image and channel), then for each chunk of hidden channels multiplies by W1, applies
-// GELU and multiplies by W2 into float32 sums, and at last adds the residual, stores, and takes the moments of what it
-// stored.
+//     y = x + ls1 * norm1(x)        out = y + ls2 * (W2 gelu(W1 z + b1) + b2),   z = norm2(y)
+//
+// A task (tiles.h) goes through these phases:
+//   1. normalise: z into panels of the product's element type. With GroupNorm, z is one affine map of x per image and
+//      channel (norm_map.h).
+//   2. for each chunk of hidden channels and each panel: first_product (W1, bias, GELU), then second_product (W2, added
+//      to float32 sums).
+//   3. with the last chunk: finish adds the bias, the layer scale and the residual, and stores.
+//   4. the moments of what was stored, for the next block.
 #pragma once
 
 #include <atomic>
 
 #include "gemm.h"
+#include "memory.h"
 #include "moments.h"
 #include "norm_map.h"
+#include "prefetch.h"
+#include "tiles.h"
+#include "weights.h"
 
 namespace riformer::RIFORMER_ISA {
 
-// What a task is cut into. A function of the widths alone, never of the batch.
+constexpr int64_t kMostTaskTokens = 384;
+
+// The sizes of a task. They depend on the widths alone, never on the batch.
 struct BlockChoice {
   int64_t tokens;        // wanted per task
-  int64_t hidden_chunk;  // hidden channels between the two products: a panel of them stays in the first-level cache
+  int64_t hidden_chunk;  // hidden channels per chunk: one panel of them fits into the first-level cache
 };
 
 template <class Gemm>
 inline BlockChoice choose_block(int64_t channels, int64_t hidden, bool per_position) {
   const int64_t element = sizeof(typename Gemm::Element);
-  const int64_t fit = 512 / element;
+  const int64_t fit = 512 / element;  // in the hidden chunk
   const int64_t per_token = channels * (element + 4 + (per_position ? 4 : 0));
   int64_t tokens = task_bytes<Gemm>() / per_token / Gemm::kTokens * Gemm::kTokens;
   tokens = tokens < Gemm::kTokens ? Gemm::kTokens : tokens;
-  return {tokens < 384 ? tokens : 384, hidden < fit ? hidden : fit};
+  return {tokens < kMostTaskTokens ? tokens : kMostTaskTokens, hidden < fit ? hidden : fit};
 }
 
 template <class T, class Gemm>
 struct SplitBlock;
 
-// Whether the threads share the channels: when there is less than a task of tokens for each, all of them would read all
-// weights, which at batch 1 is what takes the time (bench/notes/2026-11-21-cpu-batch-1.md). The bits are the same
-// either way.
+// Whether the threads share the channels (block_split.h) and not the tokens. With less than a task of tokens for each
+// thread, all of them would read all weights, which takes most of the time at batch 1
+// (bench/notes/2026-11-21-cpu-batch-1.md). The results are the same to the bit.
 inline bool splits_channels(const cpu::BlockArgs& args, const Tasks& tasks) {
-  constexpr int64_t kMostTokens = 384;
   return args.pool.threads > 1 && !args.per_position && tasks.count <= args.pool.threads &&
-         args.batch * args.positions <= kMostTokens;
+         args.batch * args.positions <= kMostTaskTokens;
 }
 
 template <class T, class Gemm>
@@ -51,13 +61,14 @@ struct BlockKernel {
   BlockChoice choice;
   Weights<Gemm> fc1, fc2;
   Tasks tasks;
-  int64_t depth1, depth2, rows2,
-      panels;  // padded: channels, hidden chunk, channels as rows; panels of the largest task
+  int64_t depth1, depth2;  // rows of a panel of z and of the hidden chunk, padded for the product
+  int64_t rows2;           // channels, padded for the second product
+  int64_t panels;          // of the largest task
   const float *fc1_bias, *fc2_bias, *layer_scale_2;
-  float* maps;     // ImageMap of every image, or with per_position four vectors [channels]
-  float* partial;  // moments of every tile
-  std::atomic<int64_t> missing{0};
-  bool split;  // the threads share the channels, not the tokens: see block_split.h
+  float* maps;     // the ImageMap of every image; with per_position four rows [channels], see fill_position_maps
+  float* partial;  // the moments of every tile
+  std::atomic<int64_t> missing_bytes{0};  // memory that a task could not get
+  bool split;                             // see splits_channels
 
   BlockKernel(const cpu::BlockArgs& args_)
       : args(args_),
@@ -74,9 +85,12 @@ struct BlockKernel {
   }
 
   struct Memory {
-    Element *z, *hidden;  // panels of the task; one panel of a chunk, or with `split` all of them
-    float *sums, *rows, *y;
-    Piece* pieces;
+    Element* z;       // the panels of the task
+    Element* hidden;  // one panel of one chunk; with `split` all panels of all chunks
+    float* sums;      // of the second product, for all panels
+    float* rows;      // the result of one call of the first product
+    float* y;         // with per_position, y for all panels
+    Span* spans;
     int64_t bytes;
   };
 
@@ -88,115 +102,101 @@ struct BlockKernel {
     m.sums = arena.take<float>(panels * rows2 * kTokens);
     m.rows = arena.take<float>(Gemm::kRows * kTokens);
     m.y = arena.take<float>(args.per_position ? panels * args.channels * kTokens : 0);
-    m.pieces = arena.take<Piece>(max_pieces(tasks, kTokens));
+    m.spans = arena.take<Span>(max_spans(tasks, kTokens));
     m.bytes = arena.used;
     return m;
   }
 
-  const T* x_row(const Piece& piece, int64_t c) const {
-    return static_cast<const T*>(args.x) + (piece.image * args.channels + c) * args.positions + piece.position;
+  const T* x_row(const Span& span, int64_t c) const {
+    return static_cast<const T*>(args.x) + (span.image * args.channels + c) * args.positions + span.position;
   }
-  T* out_row(const Piece& piece, int64_t c) const {
-    return static_cast<T*>(args.out) + (piece.image * args.channels + c) * args.positions + piece.position;
+  T* out_row(const Span& span, int64_t c) const {
+    return static_cast<T*>(args.out) + (span.image * args.channels + c) * args.positions + span.position;
   }
 
-  // Channels [begin, end), one by one over the whole task, so that x is read in runs as long as the task: piece by
-  // piece, a third of the time at C = 64 went into waiting for its rows (6 KB apart, which no prefetcher follows).
-  void normalise(int pieces, int64_t begin, int64_t end, const Memory& m) const {
+  // z for channels [begin, end), with GroupNorm. Goes through the whole task for two channels before the next two, so
+  // that long rows of x are read: span by span, a third of the time at C = 64 was spent waiting for rows (6 KB apart).
+  void normalise(int spans, int64_t begin, int64_t end, const Memory& m) const {
     for (int64_t c = begin; c < end; c += 2)
-      for (const Piece* piece = m.pieces; piece < m.pieces + pieces; ++piece) {
-        const ImageMap map(maps, piece->image, args.channels);
-        Element* panel = m.z + piece->panel * depth1 * kTokens;
-        const T *a = x_row(*piece, c), *b = x_row(*piece, c + 1);
+      for (const Span* span = m.spans; span < m.spans + spans; ++span) {
+        const ImageMap map(maps, span->image, args.channels);
+        Element* panel = m.z + span->panel * depth1 * kTokens;
+        const T *a = x_row(*span, c), *b = x_row(*span, c + 1);
         const Vec centre = Vec::broadcast(*map.centre);
         const Vec scale_a = Vec::broadcast(map.z_scale[c]), shift_a = Vec::broadcast(map.z_shift[c]);
         const Vec scale_b = Vec::broadcast(map.z_scale[c + 1]), shift_b = Vec::broadcast(map.z_shift[c + 1]);
-        for_each_vector(piece->length, [&](int64_t j, auto lanes) {
+        for_each_vector(span->length, [&](int64_t j, auto lanes) {
           const Vec za = fma(scale_a, load(a + j, lanes) - centre, shift_a);
           const Vec zb = fma(scale_b, load(b + j, lanes) - centre, shift_b);
-          Gemm::put(panel, c, piece->token + j, za, zb, lanes);
+          Gemm::put(panel, c, span->token + j, za, zb, lanes);
         });
       }
   }
 
-  // LayerNorm: y is kept in float32 for the residual, since its statistics come after it.
-  void normalise_positions(const Piece& piece, const Memory& m) const {
+  // z of one span with LayerNorm. y is kept in float32 for the residual, as its statistics are known only after it.
+  void normalise_positions(const Span& span, const Memory& m) const {
     const int64_t channels = args.channels;
     const float *weight1 = maps, *bias1 = maps + channels, *weight2 = bias1 + channels, *bias2 = weight2 + channels;
-    Element* panel = m.z + piece.panel * depth1 * kTokens;
-    float* y = m.y + piece.panel * channels * kTokens + piece.token;
-    for (int j = 0; j < piece.length; j += Vec::kLanes) {
-      const int n = piece.length - j;
+    Element* panel = m.z + span.panel * depth1 * kTokens;
+    float* y = m.y + span.panel * channels * kTokens + span.token;
+    for (int j = 0; j < span.length; j += Vec::kLanes) {
+      const int n = span.length - j;
       Vec mean, rstd;
       if (args.norm1_weight.data) {
         position_statistics(
-            channels, args.eps1, [&](int64_t c) { return Vec::load_n(x_row(piece, c) + j, n); }, &mean, &rstd);
+            channels, args.eps1, [&](int64_t c) { return Vec::load_n(x_row(span, c) + j, n); }, &mean, &rstd);
         for (int64_t c = 0; c < channels; ++c) {
-          const Vec x = Vec::load_n(x_row(piece, c) + j, n);
+          const Vec x = Vec::load_n(x_row(span, c) + j, n);
           const Vec normed = fma((x - mean) * rstd, Vec::broadcast(weight1[c]), Vec::broadcast(bias1[c]));
           (x + normed).store_n(y + c * kTokens + j, n);
         }
       } else {
-        for (int64_t c = 0; c < channels; ++c) Vec::load_n(x_row(piece, c) + j, n).store_n(y + c * kTokens + j, n);
+        for (int64_t c = 0; c < channels; ++c) Vec::load_n(x_row(span, c) + j, n).store_n(y + c * kTokens + j, n);
       }
       position_statistics(
           channels, args.eps2, [&](int64_t c) { return Vec::load_n(y + c * kTokens + j, n); }, &mean, &rstd);
       for (int64_t c = 0; c < channels; c += 2) {
         const Vec a = (Vec::load_n(y + c * kTokens + j, n) - mean) * rstd;
         const Vec b = (Vec::load_n(y + (c + 1) * kTokens + j, n) - mean) * rstd;
-        Gemm::put(panel, c, piece.token + j, fma(a, Vec::broadcast(weight2[c]), Vec::broadcast(bias2[c])),
+        Gemm::put(panel, c, span.token + j, fma(a, Vec::broadcast(weight2[c]), Vec::broadcast(bias2[c])),
                   fma(b, Vec::broadcast(weight2[c + 1]), Vec::broadcast(bias2[c + 1])), n);
       }
     }
   }
 
-  // The next task's x, fetched a few lines at a time while this one multiplies: its rows lie a whole image plane apart,
-  // so the hardware does not see them coming.
-  struct Ahead {
-    const char* row = nullptr;
-    int64_t plane = 0, bytes = 0, rows = 0, offset = 0, per_call = 0;
-
-    void step() {
-      for (int64_t i = 0; i < per_call && rows > 0; ++i) {
-        __builtin_prefetch(row + offset, 0, 2);
-        offset += 64;
-        if (offset >= bytes) {
-          offset = 0;
-          row += plane;
-          --rows;
-        }
-      }
-    }
-  };
-  Ahead ahead_of(int64_t tile, int64_t tokens) const {
-    Ahead ahead;
-    if (tile >= tasks.tiles.count() || args.per_position) return ahead;
+  // Prefetches the x of the next task, which starts at `tile`, while this task of `tokens` tokens multiplies.
+  // `first_product` steps once per call of `multiply`.
+  RowPrefetcher prefetcher_of_x(int64_t tile, int64_t tokens) const {
+    RowPrefetcher next_x;
+    if (tile >= tasks.tiles.count() || args.per_position) return next_x;
     const int64_t start = tasks.tiles.start(tile), left = args.positions - start;
     const int64_t size = sizeof(T);
-    ahead.row =
+    next_x.row =
         static_cast<const char*>(args.x) + (tasks.tiles.image(tile) * args.channels * args.positions + start) * size;
-    ahead.plane = args.positions * size;
-    ahead.bytes = (tokens < left ? tokens : left) * size;
-    ahead.rows = args.channels;
-    const int64_t calls = (args.hidden / Gemm::kRows + 1) * ((tokens + kTokens - 1) / kTokens);
-    ahead.per_call = (args.channels * ((ahead.bytes + 63) / 64) + calls - 1) / calls;
-    return ahead;
+    next_x.pitch = args.positions * size;
+    next_x.bytes = (tokens < left ? tokens : left) * size;
+    next_x.rows = args.channels;
+    const int64_t steps = (args.hidden / Gemm::kRows + 1) * ((tokens + kTokens - 1) / kTokens);
+    const int64_t lines = (next_x.bytes + kCacheLine - 1) / kCacheLine;
+    next_x.lines_per_step = (args.channels * lines + steps - 1) / steps;
+    return next_x;
   }
 
   Element* hidden_panel(int64_t h0, int64_t panel, const Memory& m) const {
     return split ? m.hidden + (h0 / choice.hidden_chunk * panels + panel) * depth2 * kTokens : m.hidden;
   }
 
-  // hidden = gelu(W1 z + b1) for hidden channels [h0 + begin, h0 + end) of a chunk and one panel
-  void first_product(int64_t h0, int64_t begin, int64_t end, int64_t panel, int vectors, Ahead& ahead,
+  // hidden = gelu(W1 z + b1) for one panel and the hidden channels [h0 + begin, h0 + end) of the chunk that starts at
+  // h0.
+  void first_product(int64_t h0, int64_t begin, int64_t end, int64_t panel, int vectors, RowPrefetcher& next_x,
                      const Memory& m) const {
     const WeightRows<Gemm> weight = fc1.at(0);
     const Element* z = m.z + panel * depth1 * kTokens;
     Element* hidden = hidden_panel(h0, panel, m);
     for (int64_t row = begin; row < end; row += Gemm::kRows) {
-      if (panel == 0) fetch_rows(weight, h0 + row + Gemm::kRows, h0 + end, depth1);
+      if (panel == 0) prefetch_rows(weight, h0 + row + Gemm::kRows, h0 + end, depth1);
       multiply<Gemm>(vectors, weight.data + (h0 + row) * weight.stride, weight.stride, z, depth1, m.rows, false);
-      ahead.step();
+      next_x.step();
       const float* bias = fc1_bias + h0 + row;
       const int64_t rows = end - row < Gemm::kRows ? end - row : Gemm::kRows;
       for (int64_t i = 0; i < rows; i += 2) {
@@ -205,65 +205,66 @@ struct BlockKernel {
           const float* from = m.rows + i * kTokens + v * Vec::kLanes;
           const Vec a = Gemm::gelu(Vec::load(from) + bias_a);
           const Vec b = Gemm::gelu(Vec::load(from + kTokens) + bias_b);
-          Gemm::put(hidden, row + i, v * Vec::kLanes, a, b, Full{});
+          Gemm::put(hidden, row + i, v * Vec::kLanes, a, b, AllLanes{});
         }
       }
     }
   }
 
-  // Rows [begin, end) of sums (+)= W2[:, h0 : h0 + chunk] hidden for one panel; after the last chunk they are finished.
-  void second_product(int64_t h0, int64_t begin, int64_t end, int64_t panel, int vectors, const Piece* pieces_end,
+  // sums = or += W2 hidden for one panel, the channels [begin, end) and the chunk that starts at h0. After the last
+  // chunk the channels are finished.
+  void second_product(int64_t h0, int64_t begin, int64_t end, int64_t panel, int vectors, const Span* spans_end,
                       const Memory& m) const {
     const WeightRows<Gemm> weight = fc2.at(h0);
     const Element* hidden = hidden_panel(h0, panel, m);
     float* sums = m.sums + panel * rows2 * kTokens;
     const bool final = h0 + fc2.chunk_channels(h0) >= args.hidden;
-    const Piece* first = m.pieces;
+    const Span* first = m.spans;
     while (final && first->panel < panel) ++first;
-    const Piece* last = first;
-    while (final && last < pieces_end && last->panel == panel) ++last;
+    const Span* last = first;
+    while (final && last < spans_end && last->panel == panel) ++last;
     for (int64_t row = begin; row < end; row += Gemm::kRows) {
-      if (panel == 0) fetch_rows(weight, row + Gemm::kRows, end, fc2.depth(h0));
-      if (final) fetch(first, last, row);
+      if (panel == 0) prefetch_rows(weight, row + Gemm::kRows, end, fc2.depth(h0));
+      if (final) prefetch_x(first, last, row);
       multiply<Gemm>(vectors, weight.data + row * weight.stride, weight.stride, hidden, fc2.padded_depth(h0),
                      sums + row * kTokens, h0 > 0);
       for (int64_t c = row; final && c < row + Gemm::kRows && c < end; ++c) finish(first, last, c, m);
     }
   }
 
-  // The x of channels [begin, begin + kRows) of a panel: its rows lie an image plane apart.
-  void fetch(const Piece* first, const Piece* last, int64_t begin) const {
+  // Prefetches the x of channels [begin, begin + kRows) of a panel, for the residual.
+  void prefetch_x(const Span* first, const Span* last, int64_t begin) const {
     const int64_t end = begin + Gemm::kRows < args.channels ? begin + Gemm::kRows : args.channels;
-    for (const Piece* piece = first; piece < last; ++piece)
+    for (const Span* span = first; span < last; ++span)
       for (int64_t c = begin; c < end; ++c) {
-        const char* row = reinterpret_cast<const char*>(x_row(*piece, c));
-        const int64_t bytes = piece->length * static_cast<int64_t>(sizeof(T));
-        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
-        __builtin_prefetch(row + bytes - 1);
+        const T* row = x_row(*span, c);
+        const int64_t bytes = span->length * static_cast<int64_t>(sizeof(T));
+        prefetch(row, bytes);
+        __builtin_prefetch(reinterpret_cast<const char*>(row) + bytes - 1);
       }
   }
 
-  // Channel c of a panel: the bias, the layer scale and the residual; stored.
-  void finish(const Piece* first, const Piece* last, int64_t c, const Memory& m) const {
+  // Channel c of one panel: adds the bias, applies the layer scale, adds the residual and stores.
+  void finish(const Span* first, const Span* last, int64_t c, const Memory& m) const {
     const Vec bias = Vec::broadcast(fc2_bias[c]), scale = Vec::broadcast(layer_scale_2[c]);
-    for (const Piece* piece = first; piece < last; ++piece) {
-      const float* sums = m.sums + (piece->panel * rows2 + c) * kTokens + piece->token;
-      T* out = out_row(*piece, c);
+    for (const Span* span = first; span < last; ++span) {
+      const float* sums = m.sums + (span->panel * rows2 + c) * kTokens + span->token;
+      T* out = out_row(*span, c);
       const auto put = [&](auto y) {
-        for_each_vector(piece->length, [&](int64_t j, auto lanes) {
+        for_each_vector(span->length, [&](int64_t j, auto lanes) {
           store(fma(scale, load(sums + j, lanes) + bias, y(j, lanes)), out + j, lanes);
         });
       };
       if (!args.residual) {
         put([](int64_t, auto) { return Vec::zero(); });
       } else if (args.per_position) {
-        const float* kept = m.y + (piece->panel * args.channels + c) * kTokens + piece->token;
+        const float* kept = m.y + (span->panel * args.channels + c) * kTokens + span->token;
         put([&](int64_t j, auto lanes) { return load(kept + j, lanes); });
       } else {
-        const ImageMap map(maps, piece->image, args.channels);
+        const ImageMap map(maps, span->image, args.channels);
         const Vec centre = Vec::broadcast(*map.centre);
         const Vec y_scale = Vec::broadcast(map.y_scale[c]), y_shift = Vec::broadcast(map.y_shift[c]);
-        const T* x = x_row(*piece, c);
+        const T* x = x_row(*span, c);
         put([&](int64_t j, auto lanes) {
           const Vec value = load(x + j, lanes);
           return value + fma(y_scale, value - centre, y_shift);
@@ -272,16 +273,16 @@ struct BlockKernel {
     }
   }
 
-  // The panels of a task, one after the other for each chunk of hidden channels: a chunk's weights stay in the
-  // second-level cache meanwhile, and a panel's hidden channels in the first.
-  void multiply_task(int64_t tokens, const Piece* pieces_end, Ahead ahead, const Memory& m) const {
+  // Both products of a task. All panels meet one chunk of hidden channels before the next, so that its weights stay in
+  // the second-level cache, and the hidden channels of one panel in the first-level cache.
+  void multiply_task(int64_t tokens, const Span* spans_end, RowPrefetcher next_x, const Memory& m) const {
     for (int64_t h0 = 0; h0 < args.hidden; h0 += choice.hidden_chunk) {
       const int64_t chunk = fc2.chunk_channels(h0);
       clear_rows<Gemm>(m.hidden, chunk, fc2.padded_depth(h0));
       for (int64_t p = 0; p * kTokens < tokens; ++p) {
         const int vectors = vectors_in<Gemm>(tokens, p);
-        first_product(h0, 0, chunk, p, vectors, ahead, m);
-        second_product(h0, 0, args.channels, p, vectors, pieces_end, m);
+        first_product(h0, 0, chunk, p, vectors, next_x, m);
+        second_product(h0, 0, args.channels, p, vectors, spans_end, m);
       }
     }
   }
@@ -292,18 +293,21 @@ struct BlockKernel {
     const int64_t bytes = memory(nullptr).bytes;
     void* base = cpu::thread_scratch(bytes);
     if (!base) {
-      missing.store(bytes);
+      missing_bytes.store(bytes);
       return;
     }
     const Memory m = memory(base);
     int64_t tokens;
-    const int pieces = cut_pieces(tasks.tiles, first, last, kTokens, m.pieces, &tokens);
+    // 1. The norms.
+    const int spans = cut_spans(tasks.tiles, first, last, kTokens, m.spans, &tokens);
     clear_padding<Gemm>(m.z, tokens, args.channels, depth1);
     if (args.per_position)
-      for (int i = 0; i < pieces; ++i) normalise_positions(m.pieces[i], m);
+      for (int i = 0; i < spans; ++i) normalise_positions(m.spans[i], m);
     else
-      normalise(pieces, 0, args.channels, m);
-    multiply_task(tokens, m.pieces + pieces, ahead_of(last, tokens), m);
+      normalise(spans, 0, args.channels, m);
+    // 2. and 3. The products and the residual.
+    multiply_task(tokens, m.spans + spans, prefetcher_of_x(last, tokens), m);
+    // 4. The moments.
     if (args.moments_out)
       moments_of_tiles(static_cast<const T*>(args.out), tasks.tiles, first, last, args.channels, 0, args.channels,
                        partial);
@@ -320,6 +324,7 @@ struct BlockKernel {
       make_block_map(kernel.args, image, ImageMap(kernel.maps, image, kernel.args.channels));
   }
 
+  // LayerNorm: weight and bias of norm 1, with the layer scale and the affine folded in, then those of norm 2.
   void fill_position_maps() const {
     for (int64_t c = 0; c < args.channels; ++c) {
       double weight, bias;
@@ -370,8 +375,9 @@ struct BlockKernel {
       SplitBlock<T, Gemm>(*this).run();
     else
       args.pool.run(tasks.count, &run_tasks, this);
-    if (missing.load() == 0 && args.moments_out) merge_all(args.pool, partial, tasks.tiles, channels, args.moments_out);
-    return missing.load();
+    if (missing_bytes.load() == 0 && args.moments_out)
+      merge_all(args.pool, partial, tasks.tiles, channels, args.moments_out);
+    return missing_bytes.load();
   }
 };
 
@@ -381,15 +387,11 @@ struct BlockKernel {
 
 namespace riformer::RIFORMER_ISA {
 
-template <class T>
-inline int64_t block_of(const cpu::BlockArgs& args) {
-  return BlockKernel<T, typename GemmFor<T>::Type>(args).run();
-}
-
 inline int64_t block(const cpu::BlockArgs& args) {
-  if (args.dtype == DType::f32) return block_of<float>(args);
-  if (args.dtype == DType::bf16) return block_of<bf16>(args);
-  return block_of<f16>(args);
+  return with_dtype(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    return BlockKernel<T, typename GemmFor<T>::Type>(args).run();
+  });
 }
 
 }  // namespace riformer::RIFORMER_ISA

@@ -1,6 +1,7 @@
-// A block whose threads share the channels: for few tokens, where each thread would otherwise read all weights. Three
-// steps with the threads waiting for each other in between: the norm, W1 by hidden channels, W2 by channels. The order
-// of each sum is that of the other way, and so are the bits.
+// A block whose threads share the channels and not the tokens. It serves few tokens, where otherwise each thread would
+// read all weights. There are three steps, and all threads finish one before the next begins: the norm, W1 with the
+// hidden channels shared out, W2 with the channels shared out. Sums are taken in the same order as in block.h, so the
+// results are the same to the bit.
 #pragma once
 
 #include "block.h"
@@ -14,25 +15,26 @@ struct SplitBlock {
   using Element = typename Gemm::Element;
 
   Kernel& kernel;
-  Memory shared{};  // z, hidden and pieces
+  Memory shared{};  // z, hidden and spans of the whole batch
   int64_t tokens = 0;
-  int pieces = 0;
+  int spans = 0;
 
   explicit SplitBlock(Kernel& kernel_) : kernel(kernel_) {}
 
   int64_t chunks() const { return (kernel.args.hidden + kernel.choice.hidden_chunk - 1) / kernel.choice.hidden_chunk; }
 
-  // What all threads use, and the sums of one thread.
-  Memory common(void* base) const {
+  // Memory that all threads use.
+  Memory shared_memory(void* base) const {
     Arena arena{static_cast<char*>(base)};
     Memory m{};
     m.z = arena.take<Element>(kernel.panels * kernel.depth1 * Gemm::kTokens);
     m.hidden = arena.take<Element>(chunks() * kernel.panels * kernel.depth2 * Gemm::kTokens);
-    m.pieces = arena.take<Piece>(max_pieces(kernel.tasks, Gemm::kTokens));
+    m.spans = arena.take<Span>(max_spans(kernel.tasks, Gemm::kTokens));
     m.bytes = arena.used;
     return m;
   }
-  bool own(Memory* m) const {
+  // The shared memory and the calling thread's own; false when there was none.
+  bool thread_memory(Memory* m) const {
     *m = shared;
     Arena sizes{nullptr};
     const auto take = [&](Arena& arena) {
@@ -42,7 +44,7 @@ struct SplitBlock {
     take(sizes);
     void* base = cpu::thread_scratch(sizes.used);
     if (!base) {
-      kernel.missing.store(sizes.used);
+      kernel.missing_bytes.store(sizes.used);
       return false;
     }
     Arena arena{static_cast<char*>(base)};
@@ -52,8 +54,8 @@ struct SplitBlock {
 
   void first_product(int64_t begin, int64_t end) const {
     Memory m;
-    if (!own(&m)) return;
-    typename Kernel::Ahead nothing;
+    if (!thread_memory(&m)) return;
+    RowPrefetcher nothing;  // there is no next task
     for (int64_t h0 = 0; h0 < kernel.args.hidden; h0 += kernel.choice.hidden_chunk) {
       const int64_t chunk = kernel.fc2.chunk_channels(h0);
       const int64_t from = begin > h0 ? begin - h0 : 0, to = end - h0 < chunk ? end - h0 : chunk;
@@ -64,10 +66,10 @@ struct SplitBlock {
 
   void second_product(int64_t begin, int64_t end) const {
     Memory m;
-    if (!own(&m)) return;
+    if (!thread_memory(&m)) return;
     for (int64_t h0 = 0; h0 < kernel.args.hidden; h0 += kernel.choice.hidden_chunk)
       for (int64_t p = 0; p * Gemm::kTokens < tokens; ++p)
-        kernel.second_product(h0, begin, end, p, vectors_in<Gemm>(tokens, p), m.pieces + pieces, m);
+        kernel.second_product(h0, begin, end, p, vectors_in<Gemm>(tokens, p), m.spans + spans, m);
     if (kernel.args.moments_out)
       moments_of_tiles(static_cast<const T*>(kernel.args.out), kernel.tasks.tiles, 0, kernel.tasks.tiles.count(),
                        kernel.args.channels, begin, end, kernel.partial);
@@ -75,7 +77,7 @@ struct SplitBlock {
 
   static void run_norm(int64_t begin, int64_t end, void* context) {
     const auto& self = *static_cast<const SplitBlock*>(context);
-    self.kernel.normalise(self.pieces, 2 * begin, 2 * end, self.shared);
+    self.kernel.normalise(self.spans, 2 * begin, 2 * end, self.shared);
   }
   static void run_first(int64_t begin, int64_t end, void* context) {
     const auto& self = *static_cast<const SplitBlock*>(context);
@@ -94,22 +96,24 @@ struct SplitBlock {
 
   void run() {
     const cpu::BlockArgs& args = kernel.args;
-    const int64_t bytes = common(nullptr).bytes;
+    const int64_t bytes = shared_memory(nullptr).bytes;
     void* base = cpu::thread_scratch(bytes, 1);
     if (!base) {
-      kernel.missing.store(bytes);
+      kernel.missing_bytes.store(bytes);
       return;
     }
-    shared = common(base);
-    pieces = cut_pieces(kernel.tasks.tiles, 0, kernel.tasks.tiles.count(), Gemm::kTokens, shared.pieces, &tokens);
+    shared = shared_memory(base);
+    spans = cut_spans(kernel.tasks.tiles, 0, kernel.tasks.tiles.count(), Gemm::kTokens, shared.spans, &tokens);
     clear_padding<Gemm>(shared.z, tokens, args.channels, kernel.depth1);
     for (int64_t h0 = 0; h0 < args.hidden; h0 += kernel.choice.hidden_chunk)
       for (int64_t p = 0; p < kernel.panels; ++p)
         clear_rows<Gemm>(kernel.hidden_panel(h0, p, shared), kernel.fc2.chunk_channels(h0),
                          kernel.fc2.padded_depth(h0));
+    // The three steps. Channels of the norm go in pairs, those of the products in kRows.
     args.pool.run(args.channels / 2, &run_norm, this);
     args.pool.run((args.hidden + Gemm::kRows - 1) / Gemm::kRows, &run_first, this);
-    if (kernel.missing.load() == 0) args.pool.run((args.channels + Gemm::kRows - 1) / Gemm::kRows, &run_second, this);
+    if (kernel.missing_bytes.load() == 0)
+      args.pool.run((args.channels + Gemm::kRows - 1) / Gemm::kRows, &run_second, this);
   }
 };
 

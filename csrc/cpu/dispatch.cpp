@@ -3,8 +3,9 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
-#ifdef RIFORMER_X86
+#ifdef __x86_64__
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -13,44 +14,47 @@
 namespace riformer::cpu {
 namespace {
 
-// One bit per thing that a translation unit's compile flags let the compiler use.
-enum Feature : unsigned {
-  kAvx2 = 1u << 0,
-  kFma = 1u << 1,
-  kF16c = 1u << 2,
-  kAvx512f = 1u << 3,
-  kAvx512bw = 1u << 4,
-  kAvx512dq = 1u << 5,
-  kAvx512vl = 1u << 6,
-  kAvx512Bf16 = 1u << 7,
-  kAmxTile = 1u << 8,
-  kAmxBf16 = 1u << 9,
-  kAmxPermission = 1u << 10,
+// feature::avx2 and so on: one bit for each FEATURE of instruction_sets.def. feature::needs_avx2 and so on: the
+// features of each SET.
+namespace feature {
+enum Index : unsigned {
+#define FEATURE(architecture, id, name, flag) RIFORMER_ON_##architecture(index_of_##id, )
+#include "instruction_sets.def"
 };
+constexpr unsigned none = 0;
+#define FEATURE(architecture, id, name, flag) RIFORMER_ON_##architecture(constexpr unsigned id = 1u << index_of_##id;)
+#include "instruction_sets.def"
+#define SET(architecture, space, name, choice, source, flags, features) \
+  RIFORMER_ON_##architecture(constexpr unsigned needs_##space = features;)
+#include "instruction_sets.def"
+}  // namespace feature
 
-struct Named {
+struct Feature {
   unsigned bit;
   const char* name;
 };
-constexpr Named kFeatures[] = {
-    {kAvx2, "avx2"},
-    {kFma, "fma"},
-    {kF16c, "f16c"},
-    {kAvx512f, "avx512f"},
-    {kAvx512bw, "avx512bw"},
-    {kAvx512dq, "avx512dq"},
-    {kAvx512vl, "avx512vl"},
-    {kAvx512Bf16, "avx512_bf16"},
-    {kAmxTile, "amx_tile"},
-    {kAmxBf16, "amx_bf16"},
-    {kAmxPermission, "amx permission of the operating system"},
+constexpr std::initializer_list<Feature> kFeatures = {
+#define FEATURE(architecture, id, name, flag) RIFORMER_ON_##architecture({feature::id, name}, )
+#include "instruction_sets.def"
 };
 
-constexpr unsigned kNeedAvx2 = kAvx2 | kFma | kF16c;
-constexpr unsigned kNeedAvx512 = kNeedAvx2 | kAvx512f | kAvx512bw | kAvx512dq | kAvx512vl | kAvx512Bf16;
-constexpr unsigned kNeedAmx = kNeedAvx512 | kAmxTile | kAmxBf16 | kAmxPermission;
+enum Choice { automatic, on_request };
 
-#ifdef RIFORMER_X86
+struct InstructionSet {
+  const char* name;
+  Choice choice;
+  unsigned needs;
+  const Kernels* kernels;
+};
+
+// Best first.
+constexpr InstructionSet kInstructionSets[] = {
+#define SET(architecture, space, name, choice, source, flags, features) \
+  RIFORMER_ON_##architecture({name, choice, feature::needs_##space, &riformer::space::kKernels}, )
+#include "instruction_sets.def"
+};
+
+#ifdef __x86_64__
 
 unsigned long long enabled_state() {
   unsigned low, high;
@@ -68,6 +72,7 @@ bool request_tiles() {
 #endif
 }
 
+// The features of this machine. A processor's registers can be used only if the operating system saves their state.
 unsigned detect() {
   unsigned a, b, c, d, found = 0;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
@@ -75,46 +80,32 @@ unsigned detect() {
   if (!has_xgetbv) return 0;
   const unsigned long long state = enabled_state();
   const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6, tiles = (state & 0x60000) == 0x60000;
-  if (ymm && (c & (1u << 12))) found |= kFma;
-  if (ymm && (c & (1u << 29))) found |= kF16c;
+  if (ymm && (c & (1u << 12))) found |= feature::fma;
+  if (ymm && (c & (1u << 29))) found |= feature::f16c;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
   const unsigned leaves = a;
-  if (ymm && (b & (1u << 5))) found |= kAvx2;
-  if (zmm && (b & (1u << 16))) found |= kAvx512f;
-  if (zmm && (b & (1u << 17))) found |= kAvx512dq;
-  if (zmm && (b & (1u << 30))) found |= kAvx512bw;
-  if (zmm && (b & (1u << 31))) found |= kAvx512vl;
-  if (tiles && (d & (1u << 24))) found |= kAmxTile;
-  if (tiles && (d & (1u << 22))) found |= kAmxBf16;
-  if (leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && zmm && (a & (1u << 5))) found |= kAvx512Bf16;
-  if ((found & kAmxTile) && request_tiles()) found |= kAmxPermission;
+  if (ymm && (b & (1u << 5))) found |= feature::avx2;
+  if (zmm && (b & (1u << 16))) found |= feature::avx512f;
+  if (zmm && (b & (1u << 17))) found |= feature::avx512dq;
+  if (zmm && (b & (1u << 30))) found |= feature::avx512bw;
+  if (zmm && (b & (1u << 31))) found |= feature::avx512vl;
+  if (tiles && (d & (1u << 24))) found |= feature::amx_tile;
+  if (tiles && (d & (1u << 22))) found |= feature::amx_bf16;
+  if (leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && zmm && (a & (1u << 5))) found |= feature::avx512_bf16;
+  if ((found & feature::amx_tile) && request_tiles()) found |= feature::amx_permission;
   return found;
 }
 
 #else
 
-unsigned detect() { return 0; }
+// No other architecture has a FEATURE yet.
+unsigned detect() { return feature::none; }
 
 #endif
-
-struct Entry {
-  const Kernels* kernels;
-  unsigned needs;
-  bool automatic;
-};
-
-// Best first.
-constexpr Entry kEntries[] = {
-#ifdef RIFORMER_X86
-    {&kAmxKernels, kNeedAmx, true},   {&kAvx512Kernels, kNeedAvx512, true},
-    {&kAvx2Kernels, kNeedAvx2, true}, {&kAmxEmulatedKernels, kNeedAvx512, false},
-#endif
-    {&kScalarKernels, 0, true},
-};
 
 std::string missing(unsigned needs, unsigned have) {
   std::string text;
-  for (const Named& feature : kFeatures)
+  for (const Feature& feature : kFeatures)
     if (feature.bit & needs & ~have) text += (text.empty() ? "" : ", ") + std::string(feature.name);
   return text;
 }
@@ -122,14 +113,14 @@ std::string missing(unsigned needs, unsigned have) {
 // Names of the sets that can run with these features.
 std::string usable(unsigned features) {
   std::string text;
-  for (const Entry& entry : kEntries)
-    if (!(entry.needs & ~features)) text += (text.empty() ? "" : ", ") + std::string(entry.kernels->name);
+  for (const InstructionSet& set : kInstructionSets)
+    if (!(set.needs & ~features)) text += (text.empty() ? "" : ", ") + std::string(set.name);
   return text;
 }
 
 struct State {
   unsigned features;
-  std::atomic<const Kernels*> chosen{nullptr};
+  std::atomic<const InstructionSet*> chosen{nullptr};
   std::string error;
 
   State() : features(detect()) {
@@ -138,13 +129,13 @@ struct State {
   }
 
   std::string choose(const char* name) {
-    for (const Entry& entry : kEntries) {
-      if (*name ? std::strcmp(name, entry.kernels->name) != 0 : !entry.automatic || (entry.needs & ~features)) continue;
-      const std::string lacks = missing(entry.needs, features);
+    for (const InstructionSet& set : kInstructionSets) {
+      if (*name ? std::strcmp(name, set.name) != 0 : set.choice != automatic || (set.needs & ~features)) continue;
+      const std::string lacks = missing(set.needs, features);
       if (!lacks.empty())
         return "this machine lacks " + lacks + ", which instruction set '" + name + "' needs; expected one of " +
                usable(features);
-      chosen.store(entry.kernels);
+      chosen.store(&set);
       return "";
     }
     return "unknown instruction set '" + std::string(name) + "': expected one of " + usable(features);
@@ -167,7 +158,10 @@ std::string quoted(const std::string& text) {
 
 }  // namespace
 
-const Kernels* kernels() { return state().chosen.load(std::memory_order_relaxed); }
+const Kernels* kernels() {
+  const InstructionSet* chosen = state().chosen.load(std::memory_order_relaxed);
+  return chosen ? chosen->kernels : nullptr;
+}
 
 std::string select(const char* name) {
   const std::string error = state().choose(name);
@@ -177,13 +171,13 @@ std::string select(const char* name) {
 
 std::string describe() {
   const State& now = state();
-  const Kernels* chosen = now.chosen.load();
+  const InstructionSet* chosen = now.chosen.load();
   std::string supported, features;
-  for (const Entry& entry : kEntries)
-    if (!(entry.needs & ~now.features)) supported += (supported.empty() ? "" : ", ") + quoted(entry.kernels->name);
+  for (const InstructionSet& set : kInstructionSets)
+    if (!(set.needs & ~now.features)) supported += (supported.empty() ? "" : ", ") + quoted(set.name);
   std::string compiled;
-  for (const Entry& entry : kEntries) compiled += (compiled.empty() ? "" : ", ") + quoted(entry.kernels->name);
-  for (const Named& feature : kFeatures)
+  for (const InstructionSet& set : kInstructionSets) compiled += (compiled.empty() ? "" : ", ") + quoted(set.name);
+  for (const Feature& feature : kFeatures)
     features +=
         (features.empty() ? "" : ", ") + quoted(feature.name) + ": " + (now.features & feature.bit ? "true" : "false");
   return "{\"chosen\": " + (chosen ? quoted(chosen->name) : "null") + ", \"supported\": [" + supported +

@@ -1,4 +1,5 @@
-// Which instruction set this process uses. Decided once, from what the machine and the operating system allow.
+// Which instruction set this process uses: the first automatic one of instruction_sets.def whose features the processor
+// and the operating system offer, or the one that RIFORMER_CPU_ISA names. Decided at the first use of an op.
 #pragma once
 
 #include <string>
@@ -10,10 +11,12 @@ namespace riformer::cpu {
 // The kernels in use; null when RIFORMER_CPU_ISA names a set that cannot run here.
 const Kernels* kernels();
 
-// JSON: chosen, supported, compiled, features, error.
+// JSON for Python: `chosen`; the instruction sets `supported` here and `compiled`, best first; `features` of the
+// machine; `error`, why RIFORMER_CPU_ISA cannot be followed.
 std::string describe();
 
-// Use `name` from now on ("" for the automatic choice). Returns an empty string, or why not; then nothing changes.
+// Uses the instruction set `name` from now on; "" is the automatic choice. Returns an empty string, or the reason why
+// it cannot be used; then nothing changes.
 std::string select(const char* name);
 
 }  // namespace riformer::cpu

@@ -2,24 +2,26 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <cstring>
 
-#include "moments.h"
+#include "lanes.h"
+#include "memory.h"
 #include "norm_map.h"
 
 namespace riformer::RIFORMER_ISA {
 
-// float32 throughout. The classifier's rows are as long as they are many and an image is one column, so lanes are
-// channels here. A score's order of summation is that of the channels, whatever is computed beside it.
+// Everything is float32. An image is a single column of the product here, so lanes are channels and not tokens. The
+// order in which a score is summed up depends on the channels alone, not on the scores that are computed beside it.
 template <class X, class T>
 struct HeadKernel {
-  static constexpr int kClasses = 4, kImages = 2;  // scores that are summed side by side
-  static constexpr int64_t kChain = 64;            // products in a row, as in GemmFloat32
+  static constexpr int kClasses = 4, kImages = 2;  // kClasses * kImages scores are summed side by side
+  static constexpr int64_t kChain = 64;            // a sum is taken in chains of this many products, as in GemmFloat32
 
   const cpu::HeadArgs& args;
   int64_t pitch;            // channels, padded with zeros
   float* pooled = nullptr;  // [batch][pitch]
-  std::atomic<int64_t> missing{0};
+  std::atomic<int64_t> missing_bytes{0};
 
   explicit HeadKernel(const cpu::HeadArgs& args_)
       : args(args_), pitch((args.channels + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes) {}
@@ -36,14 +38,14 @@ struct HeadKernel {
       to[c] = static_cast<float>((mean[c] - mu) * rstd * read(args.norm_weight, c, 1) + read(args.norm_bias, c, 0));
   }
 
-  // Each channel's sum runs over vectors of positions in order, then over the lanes.
+  // LayerNorm: every position has its own statistics, so the normalised values are summed position by position.
   void pool_positions(int64_t image) {
     const int64_t channels = args.channels;
     const X* x = static_cast<const X*>(args.x) + image * channels * args.positions;
     float* to = pooled + image * pitch;
     double* sums = static_cast<double*>(cpu::thread_scratch(channels * static_cast<int64_t>(sizeof(double))));
     if (!sums) {
-      missing.store(channels * static_cast<int64_t>(sizeof(double)));
+      missing_bytes.store(channels * static_cast<int64_t>(sizeof(double)));
       return;
     }
     for (int64_t c = 0; c < channels; ++c) sums[c] = 0.;
@@ -105,12 +107,7 @@ struct HeadKernel {
     const auto& kernel = *static_cast<const HeadKernel*>(context);
     const cpu::HeadArgs& args = kernel.args;
     const int64_t first = begin * kClasses, last = end * kClasses < args.classes ? end * kClasses : args.classes;
-    if (args.fc_weight.dtype == DType::f32)
-      kernel.classify(static_cast<const float*>(args.fc_weight.data), first, last);
-    else if (args.fc_weight.dtype == DType::bf16)
-      kernel.classify(static_cast<const bf16*>(args.fc_weight.data), first, last);
-    else
-      kernel.classify(static_cast<const f16*>(args.fc_weight.data), first, last);
+    with_values(args.fc_weight, [&](const auto* weight) { kernel.classify(weight, first, last); });
   }
 
   int64_t run() {
@@ -121,21 +118,13 @@ struct HeadKernel {
     std::memset(pooled, 0, static_cast<size_t>(bytes));
     args.pool.run(args.batch, &run_pool, this);
     args.pool.run((args.classes + kClasses - 1) / kClasses, &run_classes, this);
-    return missing.load();
+    return missing_bytes.load();
   }
 };
 
-template <class X>
-inline int64_t head_from(const cpu::HeadArgs& args) {
-  if (args.dtype == DType::f32) return HeadKernel<X, float>(args).run();
-  if (args.dtype == DType::bf16) return HeadKernel<X, bf16>(args).run();
-  return HeadKernel<X, f16>(args).run();
-}
-
 inline int64_t head(const cpu::HeadArgs& args) {
-  if (args.x_dtype == DType::f32) return head_from<float>(args);
-  if (args.x_dtype == DType::bf16) return head_from<bf16>(args);
-  return head_from<f16>(args);
+  return with_dtypes(args.x_dtype, args.dtype,
+                     [&](auto x, auto out) { return HeadKernel<decltype(x), decltype(out)>(args).run(); });
 }
 
 }  // namespace riformer::RIFORMER_ISA

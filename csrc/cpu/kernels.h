@@ -9,7 +9,7 @@
 
 namespace riformer::cpu {
 
-// Runs task(begin, end, context) over [0, count) on PyTorch's own threads.
+// PyTorch's threads. run() calls task(begin, end, context) for parts of [0, count), on several threads at once.
 struct Pool {
   void (*run)(int64_t count, void (*task)(int64_t begin, int64_t end, void* context), void* context);
   int64_t threads;
@@ -90,23 +90,34 @@ struct MomentsArgs {
 
 // The kernels of one instruction set. Each returns the bytes of memory that it could not get, 0 on success.
 struct Kernels {
-  const char* name;
 #define RIFORMER_KERNEL_POINTER(op, Args) int64_t (*op)(const Args&);
   RIFORMER_FOR_EACH_KERNEL(RIFORMER_KERNEL_POINTER)
 #undef RIFORMER_KERNEL_POINTER
 };
 
-extern const Kernels kScalarKernels;
-#ifdef RIFORMER_X86
-extern const Kernels kAvx2Kernels;
-extern const Kernels kAvx512Kernels;
-extern const Kernels kAmxKernels;
-extern const Kernels kAmxEmulatedKernels;
-#endif
-
-// At least `bytes` of 64-byte aligned memory that belongs to the calling thread until its next call for the same slot
-// (0: a task's own, 1: what a caller shares with the threads that it runs); null when there is none to be had. It grows
-// and is kept, since a stage asks for the same amount over and over.
+// Working memory of the calling thread, at least `bytes`, 64-byte aligned; null when memory is out. Valid until the
+// thread's next call for the same slot: 0 is a task's own memory, 1 is what a caller shares with the threads that it
+// starts. The memory is kept between calls, since the blocks of a stage ask for the same amount over and over.
 void* thread_scratch(int64_t bytes, int slot = 0);
 
 }  // namespace riformer::cpu
+
+// RIFORMER_ON_x86(text) is the text where the compiler's target is x86, and nothing elsewhere.
+#define RIFORMER_ON_any(...) __VA_ARGS__
+#ifdef __x86_64__
+#define RIFORMER_ON_x86(...) __VA_ARGS__
+#else
+#define RIFORMER_ON_x86(...)
+#endif
+#ifdef __aarch64__
+#define RIFORMER_ON_aarch64(...) __VA_ARGS__
+#else
+#define RIFORMER_ON_aarch64(...)
+#endif
+
+// riformer::avx2::kKernels and so on: the table of each instruction set. all_kernels.h defines it.
+namespace riformer {
+#define SET(architecture, space, ...) \
+  RIFORMER_ON_##architecture(namespace space { extern const cpu::Kernels kKernels; })
+#include "instruction_sets.def"
+}  // namespace riformer

@@ -1,9 +1,10 @@
-// AMX bf16 tiles for bfloat16 tokens; everything else as AVX-512. Compiled a second time with RIFORMER_AMX_EMULATED.
-#include <cstdlib>
-
+// The instruction set "amx": AMX bf16 tiles for bfloat16 tokens, everything else as AVX-512. Compiled once more with
+// RIFORMER_AMX_EMULATED as "amx-emulated", whose tile registers are emulated in memory.
 #ifdef RIFORMER_AMX_EMULATED
+namespace riformer::amx_emulated {}
 #define RIFORMER_ISA amx_emulated
 #else
+namespace riformer::amx {}
 #define RIFORMER_ISA amx
 #endif
 #define RIFORMER_GEMM_ROWS 8
@@ -11,32 +12,21 @@
 #define RIFORMER_TASK_BYTES (512 * 1024)
 
 #include "vec_avx512.h"
-#include "vec_math.h"
-// Below here everything is written once, for the vector type above.
-#include "gemm.h"
-#include "amx_tile.h"
+#include "gemm_amx.h"
 
 namespace riformer::RIFORMER_ISA {
-template <class T>
-struct GemmFor {
+template <>
+struct GemmFor<float> {
   using Type = GemmFloat32;
 };
 template <>
 struct GemmFor<bf16> {
   using Type = GemmAmx;
 };
+template <>
+struct GemmFor<f16> {
+  using Type = GemmFloat32;
+};
 }  // namespace riformer::RIFORMER_ISA
 
-#include "block.h"
-#include "embed.h"
-#include "head.h"
-#include "norm.h"
-
-namespace riformer::cpu {
-#ifdef RIFORMER_AMX_EMULATED
-const Kernels kAmxEmulatedKernels = {"amx-emulated",      amx_emulated::moments, amx_emulated::embed,
-                                     amx_emulated::block, amx_emulated::norm,    amx_emulated::head};
-#else
-const Kernels kAmxKernels = {"amx", amx::moments, amx::embed, amx::block, amx::norm, amx::head};
-#endif
-}  // namespace riformer::cpu
+#include "all_kernels.h"

@@ -1,17 +1,22 @@
 // Moments: taken per tile from what was stored, merged in the order of the tiles.
 #pragma once
 
-#include <cstdlib>
+#include <cstdint>
 
+#include "kernels.h"
+#include "lanes.h"
+#include "memory.h"
 #include "tiles.h"
 
 namespace riformer::RIFORMER_ISA {
 
-// Moments of runs of `n` values, a run for each lane of a vector, `stride` apart; `count` of them exist. In two passes:
-// E[x^2] - E[x]^2 would lose everything where the mean is much larger than the spread, and one pass of sums about each
-// run's first value lost up to twice what rounding allows (measured).
+using cpu::Pool;
+
+// The mean and the centred sum of squares of `count` <= kLanes rows of `n` values, `stride` apart. Lane i belongs to
+// row i. Takes two passes: E[x^2] - E[x]^2 would lose everything where the mean is much larger than the spread, and one
+// pass of sums about each row's first value lost up to twice what rounding allows (measured).
 template <class T>
-inline void run_moments(const T* from, int64_t stride, int count, int64_t n, float* mean, float* centred) {
+inline void moments_of_rows(const T* from, int64_t stride, int count, int64_t n, float* mean, float* centred) {
   Vec sums[Vec::kLanes];
   for (int i = 0; i < Vec::kLanes; ++i) sums[i] = Vec::zero();
   for (int i = 0; i < count; ++i)
@@ -32,8 +37,9 @@ inline void run_moments(const T* from, int64_t stride, int count, int64_t n, flo
   lane_sums(sums).store_n(centred, count);
 }
 
-// Channels [begin, end_channel) of tiles [first, last), channel by channel, so that rows are read in runs as long as
-// these tiles. partial is [tile][2][channels] over all tiles of the batch.
+// The moments of channels [begin, end_channel) of tiles [first, last). `partial` is [tile][2][channels] over all tiles
+// of the batch. Goes through all tiles of an image for one vector of channels before the next, so that long rows are
+// read.
 template <class T>
 inline void moments_of_tiles(const T* tokens, const Tiles& tiles, int64_t first, int64_t last, int64_t channels,
                              int64_t begin, int64_t end_channel, float* partial) {
@@ -45,15 +51,15 @@ inline void moments_of_tiles(const T* tokens, const Tiles& tiles, int64_t first,
       const T* row = tokens + (image * channels + c) * tiles.positions;
       for (int64_t tile = first; tile < end; ++tile) {
         float* mean = partial + tile * 2 * channels + c;
-        run_moments(row + tiles.start(tile), tiles.positions, count, tiles.length(tile), mean, mean + channels);
+        moments_of_rows(row + tiles.start(tile), tiles.positions, count, tiles.length(tile), mean, mean + channels);
       }
     }
     first = end;
   }
 }
 
-// Chan, Golub and LeVeque's update, tile after tile, for all channels of one image. In double: after some hundred tiles
-// a tile's share of the difference is below a float32 mean's last digit, and the mean would stand still.
+// Merges the tiles of one image, one after the other, by Chan, Golub and LeVeque's update. In double: after some
+// hundred tiles one tile moves the mean by less than float32's last digit, and a float32 mean would stand still.
 inline void merge_moments(const float* partial, const Tiles& tiles, int64_t image, int64_t channels, float* moments) {
   constexpr int64_t kGroup = 16;
   const float* first = partial + image * tiles.per_image * 2 * channels;
@@ -111,15 +117,6 @@ struct MomentsTask {
   }
 };
 
-// Memory of one call, freed at its end.
-struct Buffer {
-  void* data;
-  explicit Buffer(int64_t bytes) : data(std::malloc(static_cast<size_t>(bytes > 0 ? bytes : 1))) {}
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-};
-
 inline int64_t partial_bytes(const Tiles& tiles, int64_t channels) {
   return tiles.count() * 2 * channels * static_cast<int64_t>(sizeof(float));
 }
@@ -136,9 +133,7 @@ int64_t moments_of(const cpu::MomentsArgs& args) {
 }
 
 inline int64_t moments(const cpu::MomentsArgs& args) {
-  if (args.dtype == DType::f32) return moments_of<float>(args);
-  if (args.dtype == DType::bf16) return moments_of<bf16>(args);
-  return moments_of<f16>(args);
+  return with_dtype(args.dtype, [&](auto element) { return moments_of<decltype(element)>(args); });
 }
 
 }  // namespace riformer::RIFORMER_ISA

@@ -1,8 +1,12 @@
 // The norm of a feature map, its statistics taken from the moments (GroupNorm) or from each position (LayerNorm).
 #pragma once
 
-#include "moments.h"
+#include <cstdint>
+
+#include "lanes.h"
+#include "memory.h"
 #include "norm_map.h"
+#include "tiles.h"
 
 namespace riformer::RIFORMER_ISA {
 
@@ -10,7 +14,9 @@ template <class X, class T>
 struct NormKernel {
   const cpu::NormArgs& args;
   Tiles tiles;
-  float* maps = nullptr;  // per image: centre (16 floats), scale, shift; with per_position: weight, bias
+  // Per image: the centre, padded to 16 floats, then scale and shift [channels]. With per_position once for all images:
+  // weight and bias [channels].
+  float* maps = nullptr;
 
   int64_t map_floats() const { return 16 + 2 * args.channels; }
 
@@ -82,18 +88,10 @@ struct NormKernel {
   }
 };
 
-template <class X>
-inline int64_t norm_from(const cpu::NormArgs& args) {
-  const Tiles tiles(args.batch, args.positions);
-  if (args.dtype == DType::f32) return NormKernel<X, float>{args, tiles}.run();
-  if (args.dtype == DType::bf16) return NormKernel<X, bf16>{args, tiles}.run();
-  return NormKernel<X, f16>{args, tiles}.run();
-}
-
 inline int64_t norm(const cpu::NormArgs& args) {
-  if (args.x_dtype == DType::f32) return norm_from<float>(args);
-  if (args.x_dtype == DType::bf16) return norm_from<bf16>(args);
-  return norm_from<f16>(args);
+  return with_dtypes(args.x_dtype, args.dtype, [&](auto x, auto out) {
+    return NormKernel<decltype(x), decltype(out)>{args, Tiles(args.batch, args.positions)}.run();
+  });
 }
 
 }  // namespace riformer::RIFORMER_ISA

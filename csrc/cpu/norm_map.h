@@ -4,19 +4,21 @@
 
 #include <cmath>
 
-#include "tiles.h"
+#include "parameters.h"
 
 namespace riformer::RIFORMER_ISA {
 
-// gamma (s - 1) and beta (s - 1) + t of channel c; gamma and beta themselves for a deployed block.
+// The weight and bias of norm 1 at channel c, with the token mixer's affine (scale s, shift t) folded in: gamma (s - 1)
+// and beta (s - 1) + t. A deployed block has no affine and uses gamma and beta as they are.
 inline void folded_norm1(const cpu::BlockArgs& args, int64_t c, double* weight, double* bias) {
   const double difference = args.affine_weight.data ? read(args.affine_weight, c, 0) - 1. : 1.;
   *weight = read(args.norm1_weight, c, 1) * difference;
   *bias = read(args.norm1_bias, c, 0) * difference + read(args.affine_bias, c, 0);
 }
 
-// Mean and rstd of one image from its moments. Channel by channel the moments of a x + d are a m + d and a^2 V; here
-// a and d are functions, so that the statistics of y need no pass over y. Double, as 2C numbers stand for the image.
+// Mean and rstd over all channels and positions of one image, from its moments. `mean` and `centred` are functions of
+// the channel, so that they can also be the moments of y = a x + d, which are a m + d and a^2 V: the statistics of y
+// then need no pass over y. In double, because only 2C numbers stand for the whole image.
 template <class Mean, class Centred>
 inline void image_statistics(int64_t channels, int64_t positions, double eps, Mean mean, Centred centred, double* mu,
                              double* rstd) {
@@ -31,9 +33,10 @@ inline void image_statistics(int64_t channels, int64_t positions, double eps, Me
   *rstd = 1. / std::sqrt(spread / (static_cast<double>(positions) * static_cast<double>(channels)) + eps);
 }
 
-// Coefficients of one image, [4][channels] floats after one vector that holds the centre. With p the centre (mu1
-// rounded to float32, subtracted first so that a large mean cancels exactly):
+// The first half of a block as two affine maps of x, for one image. With p the centre:
 //     y = x + y_scale (x - p) + y_shift          z = z_scale (x - p) + z_shift = norm2(y)
+// The centre is the image's mean rounded to float32; subtracted first, so that a large mean cancels exactly.
+// In memory: the centre, padded to one vector, then the four rows [channels].
 struct ImageMap {
   float* centre;
   float *z_scale, *z_shift, *y_scale, *y_shift;
@@ -86,15 +89,16 @@ inline void make_block_map(const cpu::BlockArgs& args, int64_t image, const Imag
   }
 }
 
-// Mean and rstd over the channels of the positions in one vector; column[c * stride] are the channels. Four sums, so
-// that the additions do not wait for each other.
+// Mean and rstd over the channels, for the positions in one vector; load(c) returns channel c of these positions. Takes
+// four sums at once, so that the additions do not wait for each other.
 template <class Load>
 inline void position_statistics(int64_t channels, double eps, Load load, Vec* mean, Vec* rstd) {
   Vec sums[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
   for (int64_t c = 0; c < channels; ++c) sums[c & 3] = sums[c & 3] + load(c);
   const Vec share = Vec::broadcast(1.f / static_cast<float>(channels));
   const Vec mu = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * share;
-  // What the differences add up to is the error of mu: a mean far from zero would keep that of its own sum.
+  // In exact arithmetic the differences add up to zero. What they add up to is the rounding error of mu, which is large
+  // where the mean is far from zero; it is added to mu and taken out of the variance.
   Vec rest[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
   for (auto& sum : sums) sum = Vec::zero();
   for (int64_t c = 0; c < channels; ++c) {

@@ -1,3 +1,4 @@
+// thread_scratch of kernels.h.
 #include <cstdlib>
 
 #include "kernels.h"

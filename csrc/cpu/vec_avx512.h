@@ -61,18 +61,18 @@ inline Vec rsqrt(Vec a) { return {_mm512_div_ps(_mm512_set1_ps(1.f), _mm512_sqrt
 inline Vec if_negative(Vec x, Vec a, Vec b) {
   return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x.v)), b.v, a.v)};
 }
-// Four times halves of two vectors are added, until each lane holds the sum of one of them.
+// Adds vectors pairwise in four rounds. Each round halves the number of vectors, and the lanes that belong to one sum.
 inline Vec lane_sums(const Vec* v) {
   __m512 a[8], b[4], c[2];
-  for (int i = 0; i < 8; ++i)  // v[i] and v[i + 8]
+  for (int i = 0; i < 8; ++i)  // a[i]: half of the lanes for v[i], half for v[i + 8]
     a[i] =
         _mm512_add_ps(_mm512_shuffle_f32x4(v[i].v, v[i + 8].v, 0x44), _mm512_shuffle_f32x4(v[i].v, v[i + 8].v, 0xee));
-  for (int i = 0; i < 4; ++i)  // i, i + 4, i + 8, i + 12: a quarter each
+  for (int i = 0; i < 4; ++i)  // b[i]: a quarter each for v[i], v[i + 4], v[i + 8] and v[i + 12]
     b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
   for (int i = 0; i < 2; ++i)
     c[i] = _mm512_add_ps(_mm512_unpacklo_ps(b[i], b[i + 2]), _mm512_unpackhi_ps(b[i], b[i + 2]));
   const __m512 d = _mm512_add_ps(_mm512_unpacklo_ps(c[0], c[1]), _mm512_unpackhi_ps(c[0], c[1]));
-  // Quarters hold 0, 8, 4, 12 and what lies 1, 2, 3 above them.
+  // The quarters of d are the sums 0 to 3, 8 to 11, 4 to 7 and 12 to 15: the two in the middle change places.
   return {_mm512_shuffle_f32x4(d, d, 0xd8)};
 }
 inline Vec keep_n(Vec v, int n) { return {_mm512_maskz_mov_ps(Vec::mask(n), v.v)}; }
@@ -82,8 +82,9 @@ inline Vec scale_exponent(Vec a, Vec whole) { return {_mm512_scalef_ps(a.v, whol
 
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 
-// g(|x|) of gelu_table.h subtracted from max(x, 0). The segment's number is left in the low bits of the sum with 1.5 *
-// 2^23, where the permutation looks for it. NaN stays NaN: min returns its second operand when either is.
+// GELU as max(x, 0) - g(|x|), with g from the tables of gelu_table.h. Adding 1.5 * 2^23 rounds to a whole number, the
+// segment's, and leaves it in the low bits, where the permutation reads its index. NaN stays NaN: min returns its
+// second operand when either is NaN.
 #define RIFORMER_GELU_TABLE
 template <int kDegree>
 inline Vec gelu_table(Vec x, const float (&table)[kDegree + 1][kGeluSegments], float scale, float limit) {
@@ -99,14 +100,5 @@ inline Vec gelu_table(Vec x, const float (&table)[kDegree + 1][kGeluSegments], f
   for (int k = kDegree - 1; k > 0; --k) p = fma(p, f, coefficient(k));
   return {_mm512_fnmadd_ps(p.v, f.v, (max(x, Vec::zero()) - coefficient(0)).v)};
 }
-
-// Two rows rounded to bfloat16 and interleaved lane by lane: to[2 i] = a_i, to[2 i + 1] = b_i.
-inline __m512i pairs(Vec a, Vec b) {
-  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
-}
-inline void store_pairs(bf16* to, Vec a, Vec b) { _mm512_storeu_si512(to, pairs(a, b)); }
-inline void store_pairs_n(bf16* to, Vec a, Vec b, int n) { _mm512_mask_storeu_epi32(to, Vec::mask(n), pairs(a, b)); }
 
 }  // namespace riformer::RIFORMER_ISA

@@ -6,8 +6,8 @@
 namespace riformer::RIFORMER_ISA {
 
 #ifdef RIFORMER_GELU_TABLE
-// A third of the polynomials' multiply-adds, which share their pipes with the products
-// (bench/notes/2026-11-21-cpu-gelu.md).
+// The tables need a third of the polynomials' multiply-adds, which compete with the products for the same execution
+// units (bench/notes/2026-11-21-cpu-gelu.md).
 inline Vec gelu_float32(Vec x) {
   return gelu_table<kGeluFloat32Degree>(x, kGeluFloat32, kGeluFloat32Scale, kGeluFloat32Limit);
 }

@@ -1,4 +1,17 @@
-// The vector type of the plain C++ kernels: one lane. Also the definition of what the wider ones must compute.
+// The vector type of the plain C++ kernels: one lane. It also defines what the wider ones (vec_*.h) must compute.
+//
+// Each vec_*.h must offer, in the namespace RIFORMER_ISA:
+//   Vec            a struct with kLanes, broadcast, zero, load, load_n, store, store_n and sum. Loads widen each
+//                  element type of common/dtypes.h to float32, stores round to nearest even. Kernels keep arrays of
+//                  Vec, so the compiler must know its size.
+//   functions      + - *, fma, clamp, abs, rsqrt, keep_n, lane_sums
+//   for GELU       reciprocal, if_negative, nearest, scale_exponent: used by vec_math.h
+//
+// It may offer:
+//   gelu_table     with the macro RIFORMER_GELU_TABLE. vec_math.h then takes GELU from the tables of
+//                  common/gelu_table.h, and does not need the functions for GELU.
+//
+// Products that need instructions of their own, such as bfloat16's, are not part of it: see gemm_avx512_bf16.h.
 #pragma once
 
 #include <cmath>
@@ -8,8 +21,8 @@
 
 namespace riformer::RIFORMER_ISA {
 
-// One vector of float32 lanes. `n` counts lanes: a partial load fills the others with zero, a partial store leaves
-// memory past `n` untouched.
+// float32 lanes. load_n reads `n` lanes and sets the others to zero; store_n leaves memory past `n` lanes untouched.
+// There n may be larger than kLanes, and then counts as kLanes.
 struct Vec {
   static constexpr int kLanes = 1;
   float v;

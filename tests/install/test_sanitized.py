@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_the_library_under_test_is_the_sanitized_one():
         pytest.skip("no sanitizer is preloaded: the normal library, see `make sanitize`")
     assert b"__asan_report" in cpu.LIBRARY.read_bytes(), f"{cpu.LIBRARY} is not a sanitized build"
     assert b"__ubsan_handle" in cpu.LIBRARY.read_bytes()
-    assert str(cpu.LIBRARY) in open("/proc/self/maps").read() and ISAS
+    assert str(cpu.LIBRARY) in Path("/proc/self/maps").read_text() and ISAS
 
 
 # Around every edge: one position, less than a vector, tiles of 16 and 64, more than one task, hidden chunks of 256.

@@ -1,0 +1,77 @@
+// Panels: tokens as the matrix product reads them, one row per input or hidden channel k, tokens side by side.
+//
+// A panel type belongs to a product (gemm.h) and is filled two rows at a time. `embed` gathers its panels from an
+// image: there a cell is the elements that one output position contributes to rows k and k + 1.
+#pragma once
+
+#include <cstdint>
+
+#include "lanes.h"
+
+namespace riformer::RIFORMER_ISA {
+
+// Panels of float32, [k][kTokens]. A cell is one element, and rows k and k + 1 are gathered from different cells.
+template <int kTokens_>
+struct FloatPanel {
+  using Element = float;
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kCell = 1;  // elements
+
+  static Element* at(Element* panel, int64_t k, int64_t token) { return panel + k * kTokens + token; }
+
+  // Writes one vector to row k and one to row k + 1, from `token` on.
+  template <class Lanes>
+  static void put(Element* panel, int64_t k, int64_t token, Vec a, Vec b, Lanes lanes) {
+    store(a, at(panel, k, token), lanes);
+    store(b, at(panel, k + 1, token), lanes);
+  }
+  // Copies n cells to each of the two rows at `to`. Without kSecond the second row becomes zero.
+  template <bool kSecond>
+  static void copy(Element* to, const Element* first, const Element* second, int n) {
+    put(to, 0, 0, Vec::load_n(first, n), kSecond ? Vec::load_n(second, n) : Vec::zero(), n);
+  }
+  // Makes `count` cells: the cell j is row[step * j].
+  static void take_every(const Element* row, int64_t step, int64_t count, Element* to) {
+    if (step == 2)
+      for (int64_t j = 0; j < count; ++j) to[j] = row[2 * j];
+    else if (step == 4)
+      for (int64_t j = 0; j < count; ++j) to[j] = row[4 * j];
+    else
+      for (int64_t j = 0; j < count; ++j) to[j] = row[step * j];
+  }
+};
+
+// The vectors that hold tokens in one panel of a task with `tokens` tokens; the last panel may be ragged.
+template <class Gemm>
+inline int vectors_in(int64_t tokens, int64_t panel) {
+  const int64_t left = tokens - panel * Gemm::kTokens;
+  const int64_t vectors = (left + Vec::kLanes - 1) / Vec::kLanes;
+  return static_cast<int>(vectors < Gemm::kVectors ? vectors : Gemm::kVectors);
+}
+
+// Sets the rows [depth, padded) of a panel to zero.
+template <class Gemm>
+inline void clear_rows(typename Gemm::Element* panel, int64_t depth, int64_t padded) {
+  for (int64_t k = depth; k < padded; k += 2)
+    for (int token = 0; token < Gemm::kTokens; token += Vec::kLanes)
+      Gemm::put(panel, k, token, Vec::zero(), Vec::zero(), AllLanes{});
+}
+
+// Sets to zero what the products read of a task's panels and no span writes: the lanes past the last token, and the
+// rows [depth, padded) of every panel.
+template <class Gemm>
+inline void clear_padding(typename Gemm::Element* panels, int64_t tokens, int64_t depth, int64_t padded) {
+  const int64_t count = (tokens + Gemm::kTokens - 1) / Gemm::kTokens;
+  const int64_t last = count - 1;
+  const int used = static_cast<int>(tokens - last * Gemm::kTokens);
+  const int edge = vectors_in<Gemm>(tokens, last) * Vec::kLanes;
+  typename Gemm::Element* ragged = panels + last * padded * Gemm::kTokens;
+  for (int64_t k = 0; k < depth && used < edge; k += 2)
+    for (int token = used; token < edge; token += Vec::kLanes) {
+      const int n = edge - token < Vec::kLanes ? edge - token : Vec::kLanes;
+      Gemm::put(ragged, k, token, Vec::zero(), Vec::zero(), n);
+    }
+  for (int64_t p = 0; p < count; ++p) clear_rows<Gemm>(panels + p * padded * Gemm::kTokens, depth, padded);
+}
+
+}  // namespace riformer::RIFORMER_ISA
