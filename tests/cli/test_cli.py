@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import riformer
 import torch
-from support_cli import COMMANDS, EXACT, ROOT, Terminal, checkpoint, environment, photos, tiny  # noqa: F401
-from support_riformer import one_thread  # noqa: F401
+from support_cli import COMMANDS, EXACT, ROOT, Terminal, environment, tiny
 
 import riformer_kernels
 from riformer_kernels import backends

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import riformer
 import torch
-from support_cli import checkpoint, tiny  # noqa: F401
-from support_riformer import one_thread  # noqa: F401
+from support_cli import tiny
 
 from riformer_kernels.cli import main
 

@@ -13,8 +13,7 @@ import pytest
 import riformer
 import torch
 from PIL import Image
-from support_cli import EXACT, checkpoint, photos, pixels, probabilities, softmax, tiny  # noqa: F401
-from support_riformer import one_thread  # noqa: F401
+from support_cli import EXACT, pixels, probabilities, softmax, tiny
 
 from riformer_kernels.cli import _images, _output, main
 

@@ -11,8 +11,8 @@ import threading
 
 import pytest
 import torch
-from conftest import close
 from riformer.model import RIFormer
+from support_compare import close
 from support_paths import ROOT
 from torch import nn
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TINY, close
 from riformer.model import RIFormer
+from support_compare import close
+from support_models import TINY
 from torch import nn
 
 import riformer_kernels

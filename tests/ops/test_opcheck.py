@@ -5,26 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support_ops import (
-    DTYPES,
-    EPS,
-    OPS,
-    PARAMETERS,
-    Block,
-    block_parameters,
-    draws,
-    eager_block,
-    eager_norm,
-    lay_out,
-    need_native,
-    one_thread,  # noqa: F401
-    per_dtype,
-    per_norm,
-    tokens,
-)
-from test_embed import Embed, embed_parameters
+from support_block import PARAMETERS, Block, block_parameters, eager_block
+from support_cases import DTYPES, EPS, draws, lay_out, per_dtype, per_norm, tokens
+from support_cpu import bindings
+from support_embed import Embed, embed_parameters
+from support_norm import eager_norm
 
-need_native()
+from riformer_kernels import ops
+
+OPS = bindings()
 KINDS = ("contiguous", "channels_last", "empty", "requires_grad")
 per_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -73,7 +62,7 @@ def arguments_of(op, kind, dtype=torch.float32, norm="gn", form="training"):
 
 @per_kind
 @per_norm
-@pytest.mark.parametrize("op", ["moments", "embed", "block", "norm", "head"])
+@pytest.mark.parametrize("op", [name for name, op in ops.ALL.items() if not op.in_place])
 def test_opcheck(op, kind, norm):
     torch.library.opcheck(getattr(OPS, op).default, arguments_of(op, kind, norm=norm), atol=1e-4, rtol=1e-4)
 
@@ -101,7 +90,7 @@ def test_opcheck_of_the_other_forms(form):
 @per_dtype
 @per_norm
 @per_kind
-@pytest.mark.parametrize("op", ["moments", "embed", "block", "norm", "head"])
+@pytest.mark.parametrize("op", [name for name, op in ops.ALL.items() if not op.in_place])
 def test_fakes_tell_shape_dtype_and_strides(op, kind, norm, dtype):
     arguments = arguments_of(op, kind, dtype, norm)
     with torch._subclasses.FakeTensorMode() as mode:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import importlib.util
 import os
 from pathlib import Path
@@ -12,11 +11,12 @@ import pytest
 import torch
 from riformer.model import RIFormer
 from riformer.randomize import randomize_
+from support_backends import with_ops
+from support_cases import check_ratios
 from support_interpreted import Guarded
-from support_ops import check_ratios, one_thread  # noqa: F401
 
 import riformer_kernels
-from riformer_kernels import Engine, VerificationError, backends, verification
+from riformer_kernels import Engine, VerificationError, backends, ops, verification
 from riformer_kernels.backends import triton as backend
 from riformer_kernels.backends.triton import block, block_maps, choice, moments
 
@@ -28,10 +28,10 @@ FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     """The Triton backend with the launchers in place of the dispatcher's ops, for CPU tensors."""
-    launchers = {name: backend.launcher(name) for name in backend.OPS}
-    made = dataclasses.replace(
-        backend.BACKEND, name=NAME, automatic=False, devices=("cpu",), unusable=lambda: None, refuses=None,
-        detail=lambda: "interpreter", **launchers,
+    launchers = {name: backend.launcher(name) for name in ops.ALL}
+    made = with_ops(
+        backend.BACKEND, launchers, name=NAME, automatic=False, devices=("cpu",), unusable=lambda: None, refuses=None,
+        detail=lambda: "interpreter",
     )  # fmt: skip
     monkeypatch.setitem(backends.ALL, NAME, made)
 
