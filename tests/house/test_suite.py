@@ -25,7 +25,7 @@ def called(node: ast.AST) -> str:
 
 
 def asserts(function: ast.AST, helpers: frozenset[str] = frozenset()) -> bool:
-    """Whether ``function`` contains an assertion, or calls something that is named for one or that is in ``helpers``."""
+    """Whether ``function`` contains an assertion, or calls something that is named for one or is in ``helpers``."""
     return any(
         isinstance(node, ast.Assert) or ASSERTING.match(called(node)) or called(node) in helpers
         for node in ast.walk(function)
@@ -52,14 +52,14 @@ def without_assertion(source: str) -> list[str]:
     return [f.name for f in functions(tree) if is_test(f) and not asserts(f, helpers)]
 
 
-def tests_held(source: str) -> list[str]:
+def held_tests(source: str) -> list[str]:
     """The test functions and test classes of a module."""
     tree = ast.parse(source)
     classes = [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name.startswith("Test")]
     return classes + [function.name for function in functions(tree) if is_test(function)]
 
 
-def tests_imported(source: str) -> list[str]:
+def imported_tests(source: str) -> list[str]:
     """The test modules and conftest modules that a module imports."""
     names = []
     for node in ast.walk(ast.parse(source)):
@@ -81,13 +81,13 @@ def test_every_test_has_an_assertion(path):
 
 @pytest.mark.parametrize("path", OTHERS, ids=name_of)
 def test_a_support_module_holds_no_test(path):
-    assert not tests_held(path.read_text())
+    assert not held_tests(path.read_text())
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_module_imports_a_test(path):
     """What tests share lives in support modules, and fixtures in conftest.py, where pytest finds them."""
-    assert not tests_imported(path.read_text())
+    assert not imported_tests(path.read_text())
 
 
 def test_the_files_are_found():
@@ -112,15 +112,11 @@ def test_a_test_without_an_assertion_is_noticed(source, found):
 
 
 def test_a_support_module_with_a_test_is_noticed():
-    assert tests_held("def test_a(): ...\nclass TestB: ...\ndef tests_held(): ...\n") == [
-        "TestB",
-        "test_a",
-        "tests_held",
-    ]
-    assert tests_held("def tested(): ...\n") == ["tested"], "pytest collects what begins with test"
-    assert tests_held("def check(): ...\n") == []
+    assert held_tests("def test_a(): ...\nclass TestB: ...\n") == ["TestB", "test_a"]
+    assert held_tests("def tested(): ...\n") == ["tested"], "pytest collects what begins with test"
+    assert held_tests("def check(): ...\n") == []
 
 
 def test_an_import_of_a_test_is_noticed():
     source = "import conftest\nfrom test_block import x\nimport test_norm as y\nimport support_cpu\n"
-    assert tests_imported(source) == ["conftest", "test_block", "test_norm"]
+    assert imported_tests(source) == ["conftest", "test_block", "test_norm"]
