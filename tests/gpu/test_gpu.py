@@ -152,9 +152,8 @@ def test_two_streams_and_two_threads(patched):
 
     def work(start: int) -> None:
         with torch.inference_mode(), torch.cuda.stream(streams[start]):
-            for index in list(range(start, len(inputs), 2)) * 5:
-                if not torch.equal(model(inputs[index]), expected[index]):
-                    wrong.append(index)
+            rounds = list(range(start, len(inputs), 2)) * 5
+            wrong.extend(index for index in rounds if not torch.equal(model(inputs[index]), expected[index]))
 
     workers = [threading.Thread(target=work, args=(start,)) for start in range(2)]
     for worker in workers:

@@ -1,8 +1,8 @@
 """The Triton backend where there is no GPU: its kernels in Triton's interpreter, and how it says why it is unusable.
 
 The tests in the interpreter run in processes of their own, as Triton reads TRITON_INTERPRET when it is first imported:
-the conformance suite (`tests/conformance`) and those of `tests/gpu/interpreted`. What the compiler makes of the kernels is in `test_triton_ahead.py`, what a GPU
-computes with them in `test_gpu.py`.
+the conformance suite (`tests/conformance`) and those of `tests/gpu/interpreted`. What the compiler makes of the
+kernels is in `test_triton_ahead.py`, what a GPU computes with them in `test_gpu.py`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def test_without_a_gpu_it_says_why():
     pytest.importorskip("triton")
     reason = triton.unusable()
     assert reason and ("built without CUDA" in reason or "no CUDA device" in reason)
-    with pytest.raises(BackendError, match="triton.*(built without CUDA|no CUDA device)"):
+    with pytest.raises(BackendError, match=r"triton.*(built without CUDA|no CUDA device)"):
         backends.choose("auto", torch.device("cuda"), torch.float32)
     with pytest.raises(BackendError, match="it serves cuda tensors"):
         backends.choose("triton", torch.device("cpu"), torch.float32)

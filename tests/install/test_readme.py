@@ -6,6 +6,7 @@ first block may not, as it is what a reader tries after the installation.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 import shlex
@@ -25,12 +26,14 @@ from support_paths import ROOT
 from support_readme import README, Block, commands, fences, free_names, links, python_blocks
 
 import riformer_kernels
-from riformer_kernels import cli
 
 TEXT = README.read_text()
 BLOCKS = python_blocks(TEXT)
 SECTIONS = list(dict.fromkeys(block.section for block in BLOCKS))
 COMMANDS = commands(TEXT)
+PROJECT = (ROOT / "pyproject.toml").read_text()
+# The package of the command line, as the installation names it.
+COMMAND_LINE = importlib.import_module(re.search(r'^riformer-kernels = "([\w.]+):main"', PROJECT, re.MULTILINE)[1])
 
 # ------------------------------------------------------------------------------------------------------ Python blocks
 
@@ -156,7 +159,7 @@ def check_pytest(words: list[str], config: pytest.Config) -> None:
 
 def check_pip(words: list[str]) -> None:
     """The extras that it installs exist."""
-    section = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    section = PROJECT.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     known = set(re.findall(r"^(\w+) = \[", section, re.MULTILINE))
     for extras in re.findall(r"(?:riformer-kernels|\.)\[([\w,]+)\]", " ".join(words)):
         assert set(extras.split(",")) <= known, extras
@@ -174,7 +177,7 @@ def check_command(command: str, config: pytest.Config) -> None:
     program, *words = shlex.split(command)
     if program == "riformer-kernels":
         if words != ["COMMAND", "--help"]:
-            cli.parser().parse_args(words)
+            COMMAND_LINE.parser().parse_args(words)
     elif program == "make":
         check_make(words)
     elif program == "pip" or words[:2] == ["-m", "pip"]:

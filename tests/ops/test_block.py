@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -311,7 +312,8 @@ def test_moments_flow_from_block_to_block(isa, dtype):
 @pytest.mark.parametrize("isa", ["avx512", "avx2"], indirect=True)
 def test_more_than_2_to_31_elements(isa):
     """257 images of 2^23 elements each: the last one starts where a 32-bit offset ends."""
-    available = next(int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable")) * 1024
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
     if available < 8 << 30:
         pytest.skip(f"needs 8 GB of free memory, found {available >> 30} GB")
     case = Block(8, (1024, 1024), torch.bfloat16, batch=1, hidden=8)

@@ -1,5 +1,8 @@
-"""The suite must be able to fail: every fault here has to be caught by the checks that the real tests use, on the cases
-that they use. A fault that gets through is a hole in the tests, not in the kernels."""
+"""The suite must be able to fail.
+
+Every fault here is put into a plain-PyTorch form of an op. The checks that the tests of the kernels use, on cases that
+they use, have to object. A fault that gets through is a hole in the tests, not in the kernels.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,10 @@ def norm_with(fault, v, weight, bias, eps, per_position):
 def block_with(fault, x, parameters):
     """``block`` in plain PyTorch with one fault ("" for none), float32 inside as the kernels are."""
     p = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in parameters.items()}
-    column = lambda name: p[name].view(-1, 1, 1)  # noqa: E731
+
+    def column(name):
+        return p[name].view(-1, 1, 1)
+
     y = x = x.float()
     if p["norm1_weight"] is not None:
         scale, shift = p["affine_weight"], p["affine_bias"]

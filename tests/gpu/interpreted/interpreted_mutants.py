@@ -1,7 +1,7 @@
 """The tests in the interpreter must be able to fail.
 
-Each fault here is put into Triton's kernels or their launches. The checks that the conformance suite uses have to object,
-on cases that it uses.
+Each fault here is put into Triton's kernels or their launches. The checks that the conformance suite uses have to
+object, on cases that it uses.
 """
 
 from __future__ import annotations
