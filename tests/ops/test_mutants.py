@@ -20,7 +20,7 @@ from support_head import check_head
 from support_moments import check_moments
 from support_norm import check_norm
 
-from riformer_kernels import algebra
+from riformer_kernels import algebra, ops
 
 BLOCK_FAULTS = (
     "tanh GELU", "eps dropped", "eps 1e-6", "unbiased variance", "fc1 bias dropped", "fc1 bias of one channel dropped",
@@ -177,7 +177,10 @@ def test_norm(fault):
     judge(fault, found)
 
 
-@pytest.mark.parametrize("fault", ["", *NORM_FAULTS, "fc bias dropped", "maximum pooled", "norm after the pooling"])
+HEAD_FAULTS = (*NORM_FAULTS, "fc bias dropped", "maximum pooled", "norm after the pooling")
+
+
+@pytest.mark.parametrize("fault", ["", *HEAD_FAULTS])
 def test_head(fault):
     def run(x, p, per_position, dtype=None):
         normed = norm_with(fault, x, p[0], p[1], 1e-5, per_position)
@@ -193,7 +196,10 @@ def test_head(fault):
     judge(fault, found)
 
 
-@pytest.mark.parametrize("fault", ["", "E[x^2] - E[x]^2", "unbiased", "sum for mean", "one channel"])
+MOMENTS_FAULTS = ("E[x^2] - E[x]^2", "unbiased", "sum for mean", "one channel")
+
+
+@pytest.mark.parametrize("fault", ["", *MOMENTS_FAULTS])
 def test_moments(fault):
     x = draws(0, torch.float32)(2, 8, 17, 20, mean=1000.0)
     mean = x.mean((2, 3))
@@ -208,6 +214,18 @@ def test_moments(fault):
         mean = mean[:, :1].expand(-1, 8)
     found = caught_by(lambda _: check_moments(torch.stack((mean, centred), 1), x, fault), [0])
     judge(fault, found)
+
+
+FAULTS = {
+    "moments": MOMENTS_FAULTS, "embed": EMBED_FAULTS, "block": BLOCK_FAULTS, "block_": BLOCK_FAULTS,
+    "norm": NORM_FAULTS, "head": HEAD_FAULTS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ops.ALL)
+def test_every_op_has_faults(op):
+    """A new op fails here until this file puts faults into it. ``block_`` goes through the check of ``block``."""
+    assert FAULTS.get(op), f"no fault of op {op!r} is tested"
 
 
 # -------------------------------------------------------------------------------------------------- the whole model
