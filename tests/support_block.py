@@ -52,6 +52,9 @@ class Block:
 PARAMETERS = tuple(inspect.signature(ops.block.reference).parameters)[2:]
 
 
+OPTIONAL = ("fc1_bias", "fc2_bias", "layer_scale_2", "affine_bias")
+
+
 def block_parameters(case: Block, seed: int) -> dict[str, Any]:
     """Hard parameters: layer scales of about a half, and nothing at its neutral value.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support_block import Block
+from support_block import OPTIONAL, Block
 from support_cases import DTYPES, LAYOUTS, all_pairs
 from support_target import Setting, Target, chosen
 
@@ -68,6 +68,13 @@ BLOCKS = all_pairs(
     form=("training", "deployed", "unit"), residual=(True, False), layout=LAYOUTS, batch=(1, 3, 5),
 )  # fmt: skip
 
+ONE_ABSENT = tuple(
+    Block(24, (9, 7), dtype, norm, absent=absent)
+    for dtype in (torch.float32, torch.bfloat16)
+    for norm in ("gn", "ln")
+    for absent in (*((name,) for name in OPTIONAL), OPTIONAL)
+)
+
 _SETTINGS = tuple(Setting(isa, partial(selected, isa)) for isa in ISAS or ("none",))
 CPU = Target(
     "cpu",
@@ -76,6 +83,6 @@ CPU = Target(
     few=_SETTINGS,
     one=_SETTINGS,
     most_work=60_000_000,
-    grid={"block": BLOCKS},
+    grid={"block": (*BLOCKS, *ONE_ABSENT)},
 )
 TARGETS = {"cpu": CPU}

@@ -7,6 +7,7 @@ import torch
 from support_block import Block
 from support_cases import DTYPES, all_pairs
 from support_embed import DOWNSAMPLE, STEM, Embed
+from support_head import Head
 from support_target import Target
 
 from riformer_kernels import backends, ops
@@ -34,6 +35,7 @@ EMBEDS = tuple(
         Embed(15, 24, **DOWNSAMPLE, bias=False, dtype=dtype),
     )
 )
+HEADS = tuple(Head(Block(512, (7, 7), dtype, norm, batch=12), 1000) for dtype in DTYPES for norm in ("gn", "ln"))
 
 
 def _target(name: str, namespace: str) -> Target:
@@ -41,7 +43,7 @@ def _target(name: str, namespace: str) -> Target:
         name,
         {op: getattr(getattr(torch.ops, namespace), op) for op in ops.ALL},
         width=8 if name == "cuda" else 1,
-        grid={"block": BLOCKS, "block_": IN_PLACE, "embed": EMBEDS},
+        grid={"block": BLOCKS, "block_": IN_PLACE, "embed": EMBEDS, "head": HEADS},
         device="cuda",
         embeds_channels_last=True,
         why_not=lambda: REASONS[name],

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from support_block import Block
 from support_cases import EPS, Expected, check_ratios, draws, tokens
 from support_norm import eager_norm
+
+
+@dataclass(frozen=True)
+class Head:
+    """A case of ``head``: tokens as of a block, the number of classes, and the result's dtype."""
+
+    tokens: Block
+    classes: int
+    out: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        return f"{self.tokens}, {self.classes} classes" + (f" to {self.out}" if self.out else "")
 
 
 def eager_head(x: torch.Tensor, p: list[torch.Tensor | None], per_position: bool) -> torch.Tensor:
