@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +13,7 @@ from support_cases import EPS, Expected, check_ratios, described, draws, like, s
 from support_moments import check_moments
 from support_norm import eager_norm
 
-from riformer_kernels import numerics, ops
+from riformer_kernels import numerics
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,8 @@ class Block:
 
 
 # The names of what follows x and moments, in the op's order.
-PARAMETERS = tuple(inspect.signature(ops.block.reference).parameters)[2:]
-
-
+PARAMETERS = tuple(argument.name for argument in torch.ops.riformer.block.default._schema.arguments)[2:]
+# Those that a block of a model may lack.
 OPTIONAL = ("fc1_bias", "fc2_bias", "layer_scale_2", "affine_bias")
 
 
