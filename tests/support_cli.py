@@ -1,17 +1,14 @@
-"""Models, images and processes that the tests of the command line share."""
+"""Models, images and the environment of processes that the tests of the command line share."""
 
 from __future__ import annotations
 
 import io
 import os
-from pathlib import Path
 
 import numpy as np
-import pytest
 import riformer
 import torch
-from conftest import TINY
-from PIL import Image
+from support_models import TINY
 from support_paths import ROOT
 
 COMMANDS = ("info", "verify", "predict", "convert", "bench")
@@ -28,27 +25,8 @@ def tiny(seed: int = 0, **options: object) -> torch.nn.Module:
     return riformer.randomize_(riformer.RIFormer(TINY, **{"num_classes": 10, **options}), seed).eval()
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> str:
-    riformer.save_checkpoint(tiny(), tmp_path / "tiny.safetensors")
-    return str(tmp_path / "tiny.safetensors")
-
-
 def pixels(seed: int, height: int = 32, width: int = 32) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """Three good images and a truncated one."""
-    folder = tmp_path / "photos"
-    (folder / "deeper").mkdir(parents=True)
-    for index, name in enumerate(("a.png", "b.png", "deeper/c.png")):
-        Image.fromarray(pixels(index)).save(folder / name)
-    whole = io.BytesIO()
-    Image.fromarray(pixels(9)).save(whole, "PNG")
-    (folder / "bad.png").write_bytes(whole.getvalue()[:800])
-    return folder
 
 
 def environment(**more: str) -> dict[str, str]:

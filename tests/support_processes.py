@@ -1,5 +1,7 @@
-"""Test files that need a process of their own, or minutes: all files of a folder at once, one process each, as most
-machines have more than one core."""
+"""Runs of pytest in processes of their own: each needs another environment, or minutes.
+
+All runs of a test module start at once, as most machines have more than one core.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,18 +18,20 @@ from support_paths import ROOT
 
 
 @contextmanager
-def started(files: list[Path], logs: Path, **environment: str) -> Iterator[dict[Path, tuple[Path, subprocess.Popen]]]:
-    """A pytest process per file, with its log."""
+def started(
+    runs: Mapping[str, Sequence[str | Path]], logs: Path, **environment: str
+) -> Iterator[dict[str, tuple[Path, subprocess.Popen]]]:
+    """A process for each of ``runs``, a name and pytest's arguments; by name, its log and the process."""
     processes = {}
-    for file in files:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-        output = logs / f"{file.stem}.log"
+    for name, arguments in runs.items():
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, arguments)]
+        output = logs / f"{name}.log"
         with output.open("w") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
                 env={**os.environ, "OMP_WAIT_POLICY": "passive", **environment},
             )  # fmt: skip
-        processes[file] = output, process
+        processes[name] = output, process
     yield processes
     for _, process in processes.values():
         process.kill()

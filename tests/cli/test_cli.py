@@ -16,8 +16,7 @@ import pytest
 import riformer
 import torch
 from riformer_cli import _output, bench, info, main, parser
-from support_cli import COMMANDS, EXACT, ROOT, Terminal, checkpoint, environment, photos, tiny  # noqa: F401
-from support_riformer import one_thread  # noqa: F401
+from support_cli import COMMANDS, EXACT, ROOT, Terminal, environment, tiny
 
 import riformer_kernels
 from riformer_kernels import backends, machine

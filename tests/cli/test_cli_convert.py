@@ -12,8 +12,7 @@ import pytest
 import riformer
 import torch
 from riformer_cli import main
-from support_cli import checkpoint, tiny  # noqa: F401
-from support_riformer import one_thread  # noqa: F401
+from support_cli import tiny
 
 
 class Malicious:

@@ -14,8 +14,7 @@ import riformer
 import torch
 from PIL import Image
 from riformer_cli import _images, _output, main
-from support_cli import EXACT, checkpoint, photos, pixels, probabilities, softmax, tiny  # noqa: F401
-from support_riformer import one_thread  # noqa: F401
+from support_cli import EXACT, pixels, probabilities, softmax, tiny
 
 
 def test_predict_is_the_model_on_the_pixels(

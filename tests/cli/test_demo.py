@@ -14,7 +14,6 @@ import pytest
 import riformer
 import torch
 from support_paths import ROOT
-from support_riformer import one_thread  # noqa: F401  (a fixture)
 
 import riformer_kernels
 

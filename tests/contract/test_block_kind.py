@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close
 from riformer.model import RIFormer
+from support_compare import close
 from torch import nn
 
 from riformer_kernels import PatchError, block_kind, patch

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import close
+from support_compare import close
 
 from riformer_kernels import patch
 from riformer_kernels.tracing import constant_while_tracing

@@ -13,8 +13,8 @@ import weakref
 
 import pytest
 import torch
-from conftest import close
 from riformer.model import RIFormer
+from support_compare import close
 from support_paths import ROOT
 from torch import nn
 

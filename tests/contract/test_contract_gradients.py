@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import close
+from support_compare import close
 
 from riformer_kernels import patch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import close, outputs
+from support_compare import close, outputs
 
 from riformer_kernels import InputError, numerics, patch
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import close
+from support_compare import close
 from torch import nn
 
 from riformer_kernels import BackendError, patch

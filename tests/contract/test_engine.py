@@ -6,10 +6,11 @@ import threading
 
 import pytest
 import torch
-from support_riformer import one_thread  # noqa: F401
 
 import riformer_kernels
 from riformer_kernels import Engine, InputError, MemoryLimitError, engine
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE = 33
 

@@ -3,75 +3,20 @@
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
 
 import pytest
 import torch
-from riformer.model import RIFormer
-from riformer.randomize import randomize_
-from support_ops import (  # noqa: F401
-    DTYPES,
-    ISAS,
-    check_ratios,
-    isa_fixture,
-    one_thread,
-    threads,
-)
+from support_cases import DTYPES, check_ratios
+from support_cpu import ISAS, threads
+from support_equivalence import check_model, images_of, model_of
 
 import riformer_kernels
 
-SMALL = {"layers": [1, 2, 1, 1], "embed_dims": [24, 40, 64, 72], "mlp_ratios": [4, 2, 3, 1]}
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = [isa for isa in ISAS if isa not in ("scalar", "amx-emulated")] or list(ISAS)
 per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 per_form = pytest.mark.parametrize("deploy", [False, True], ids=["training", "deployed"])
 per_layout = pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-def named(arch):
-    return SMALL if arch == "small" else arch
-
-
-@lru_cache(maxsize=8)
-def model_of(arch, deploy, dtype, classes, norm="gn", seed=0):
-    options = {"num_classes": classes} if classes else {"out_indices": (0, 2, 4, 6)}
-    model = randomize_(RIFormer(named(arch), deploy=deploy, norm=norm, **options), seed)
-    return model.to(dtype).eval()
-
-
-def images_of(size, batch, dtype, seed=0):
-    return torch.randn((batch, 3, *size), generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def outputs(value):
-    return value if isinstance(value, tuple) else (value,)
-
-
-@lru_cache(maxsize=4)
-@torch.inference_mode()
-def golden_of(arch, deploy, dtype, classes, norm, size, batch, seed):
-    model = copy.deepcopy(model_of(arch, deploy, dtype, classes, norm, seed)).double()
-    return outputs(model(images_of(size, batch, dtype, seed).double()))
-
-
-def check_model(run, arch, deploy, dtype, layout, size, label, classes=0, norm="gn", batch=1, seeds=(0,)):
-    """``run(model, images)`` on a model of its own against the untouched one; small results are pooled over seeds."""
-    found, eager, golden = [], [], []
-    for seed in seeds:
-        model = copy.deepcopy(model_of(arch, deploy, dtype, classes, norm, seed)).to(memory_format=FORMATS[layout])
-        images = images_of(size, batch, dtype, seed).contiguous(memory_format=FORMATS[layout])
-        with torch.inference_mode():
-            eager.append(outputs(model(images)))
-            golden.append(golden_of(arch, deploy, dtype, classes, norm, size, batch, seed))
-            found.append(outputs(run(model, images)))
-        for mine, theirs in zip(found[-1], eager[-1], strict=True):
-            assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
-    for i, (mine, theirs, exact) in enumerate(
-        zip(zip(*found, strict=True), zip(*eager, strict=True), zip(*golden, strict=True), strict=True)
-    ):
-        name = "logits" if classes else f"features of stage {i + 1}"
-        where = f"{label}: {arch} {'deployed' if deploy else 'training-time'} {norm} {dtype} {layout} {size}, {name}"
-        check_ratios(torch.cat(mine), torch.cat(theirs), torch.cat(exact), where, dtype)
 
 
 def patched(isa):

@@ -7,14 +7,15 @@ import pickle
 
 import pytest
 import torch
-from conftest import OpCounter
 from riformer.randomize import randomize_
+from support_compare import OpCounter
 from support_mmpretrain import import_mmpretrain
-from support_riformer import one_thread  # noqa: F401
 
 import riformer_kernels
 from riformer_kernels import numerics
 from riformer_kernels.errors import PatchError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = {"layers": [1, 2, 1, 1], "embed_dims": [8, 16, 24, 40], "mlp_ratios": [4, 3, 2, 4]}
 NORMS = {"gn": {"type": "GN", "num_groups": 1}, "ln": {"type": "LN2d"}}

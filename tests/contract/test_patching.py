@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import TINY, close
 from riformer.model import RIFormer
+from support_compare import close
+from support_models import TINY
 from torch import nn
 
 import riformer_kernels

@@ -1,44 +1,50 @@
 """The CUDA backend where there is no GPU: its kernels on the emulator, why it is unusable, and how it is chosen.
 
-The emulated tests are in `tests/gpu/emulated/`, in processes of their own. What the compiler makes of the kernels is in
+The tests on the emulator run in processes of their own: the conformance suite (`tests/conformance`), the tests of the
+bindings (`tests/ops`), and those of `tests/gpu/emulated`. What the compiler makes of the kernels is in
 `test_cuda_build.py`, what a GPU computes with them in `test_gpu.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
 from riformer_cli import info
+from support_paths import TESTS
 from support_processes import check, started
 
 import riformer_kernels
 from riformer_kernels import BackendError, backends, ops
 from riformer_kernels.backends import _devices, cuda, triton
 
-EMULATED = Path(__file__).resolve().parent / "emulated"
-FILES = sorted(EMULATED.glob("emulated_*.py"))
+EMULATED = TESTS / "gpu" / "emulated"
+# The conformance suite in two halves, the tests of all C++ bindings, and what only these kernels have.
+RUNS = {
+    "conformance": [TESTS / "conformance" / "test_conformance.py", "--target=emulated"],
+    "promises": [TESTS / "conformance" / "test_promises.py", "--target=emulated"],
+    "bindings": [TESTS / "ops" / "test_errors.py", TESTS / "ops" / "test_opcheck.py", "--target=emulated"],
+} | {file.stem: [file, "--target=emulated"] for file in sorted(EMULATED.glob("emulated_*.py"))}
 GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
-    with started(FILES, tmp_path_factory.mktemp("emulated")) as processes:
+    with started(RUNS, tmp_path_factory.mktemp("emulated")) as processes:
         yield processes
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # the first of them compiles the kernels
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_emulated(running, file):
-    check(*running[file])
+@pytest.mark.parametrize("name", RUNS)
+def test_emulated(running, name):
+    check(*running[name])
 
 
 def test_emulated_files_are_found():
-    expected = {"emulated_ops", "emulated_contract", "emulated_promises", "emulated_mutants"}
-    assert {file.stem for file in FILES} >= expected
+    expected = {"emulated_contract", "emulated_mutants", "emulated_paths", "emulated_promises"}
+    assert expected <= RUNS.keys()
 
 
 # ---------------------------------------------------------------------------------------------------------- namespaces

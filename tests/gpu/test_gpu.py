@@ -1,6 +1,10 @@
-"""On a GPU: numbers, bits, graphs, streams, threads, bad input, the engine, for both of its backends. Everything here is
-skipped, with the reason, where there is none (`pytest -m gpu`, with `-k "not triton"` or `-k triton` for one of them); what can be known
-without one is in `test_triton.py`, `test_triton_ahead.py`, `test_cuda.py` and `test_cuda_build.py`."""
+"""Whole models on a GPU: numbers, bits, graphs, streams, threads, bad input and the engine, for both GPU backends.
+
+The ops by themselves are in the conformance suite (`tests/conformance`), which runs on a GPU as well. Everything is
+skipped, with the reason, where there is no GPU: `pytest -m gpu`, with `-k "not triton"` or `-k triton` for one of the
+backends. What can be known without a GPU is in `test_triton.py`, `test_triton_ahead.py`, `test_cuda.py` and
+`test_cuda_build.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,30 +15,17 @@ import pytest
 import torch
 from riformer.model import RIFormer
 from riformer.randomize import randomize_
-from support_ops import (
-    EPS,
-    PARAMETERS,
-    SEMANTICS,
-    Block,
-    all_pairs,
-    block_parameters,
-    check_block,
-    check_ratios,
-    tokens,
-)
-from test_embed import DOWNSAMPLE, STEM, Embed, check_embed
-from test_head import check_head
-from test_norm import check_norm
+from support_block import PARAMETERS, Block, block_parameters
+from support_cases import DTYPES, check_ratios, tokens
+from support_gpu import GPU_MARKS, REASONS
+from support_target import Target, load
 
 import riformer_kernels
-from riformer_kernels import BackendError, Engine, InputError, backends
+from riformer_kernels import BackendError, Engine, InputError
 
-REASONS = {name: backends.ALL[name].unusable() for name in ("triton", "cuda")}
-NOWHERE = f"no GPU to run on: {'; '.join(f'{name}: {reason}' for name, reason in REASONS.items())}"
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(all(REASONS.values()), reason=NOWHERE)]
+pytestmark = [*GPU_MARKS, pytest.mark.usefixtures("exact_float32")]
 
 ARCHS = ("s12", "s24", "s36", "m36", "m48")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -48,9 +39,9 @@ def name(request) -> str:
 
 
 @pytest.fixture
-def run(name) -> backends.Backend:
+def target(name) -> Target:
     """Its ops."""
-    return backends.ALL[name]
+    return load(name)
 
 
 @pytest.fixture
@@ -62,15 +53,6 @@ def patched(name):
         return model
 
     return patch
-
-
-@pytest.fixture(autouse=True)
-def exact_float32():
-    """Eager's convolutions use TF32 by default, which would be no measure of a float32 error."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def on_gpu(value):
@@ -88,71 +70,6 @@ def images_of(batch, size, dtype, layout="nchw", seed=0) -> torch.Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------- numbers
-
-GRID = all_pairs(
-    Block, 200_000_000, channels=(8, 40, 64, 96, 128, 192, 320, 384, 512), size=((1, 1), (7, 7), (14, 14), (17, 20), (28, 28)),
-    dtype=DTYPES, norm=("gn", "ln"), form=("training", "unit"), residual=(True, False),
-    layout=("nchw", "channels_last", "offset"), batch=(1, 3),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("case", [*SEMANTICS, *GRID], ids=str)
-def test_block(run, case):
-    """Judged by eager PyTorch on the CPU, whose float32 is exact on every machine."""
-
-    def block(x, parameters):
-        x = on_gpu(x)
-        found = None if parameters["per_position"] else run.ops["moments"](x)
-        return [value.cpu() for value in run.ops["block"](x, found, *(on_gpu(parameters[key]) for key in PARAMETERS))]
-
-    check_block(block, case, run.name)
-
-
-@per_dtype
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("norm", ["gn", "ln"])
-def test_block_in_place(run, dtype, norm, layout):
-    case = Block(96, (9, 7), dtype, norm, layout=layout)
-    x, parameters = on_gpu(tokens(case, 0, 96)), [on_gpu(block_parameters(case, 0)[key]) for key in PARAMETERS]
-    found = None if norm == "ln" else run.ops["moments"](x)
-    expected, expected_moments = run.ops["block"](x, found, *parameters)
-    run.ops["block_"](x, found, *parameters)
-    assert torch.equal(x, expected) and (found is None or torch.equal(found, expected_moments))
-
-
-@per_dtype
-@pytest.mark.parametrize(
-    "case",
-    [Embed(3, 64, **STEM, size=(225, 193)), Embed(64, 128, **DOWNSAMPLE, size=(28, 27), layout="channels_last"),
-     Embed(128, 320, **DOWNSAMPLE, size=(9, 7)), Embed(15, 24, **DOWNSAMPLE, bias=False)],
-    ids=str,
-)  # fmt: skip
-def test_embed(run, case, dtype):
-    def embed(x, p, kind):
-        out, moments = run.ops["embed"](
-            on_gpu(x), on_gpu(p["weight"]), on_gpu(p["bias"]), p["stride"], p["padding"], kind, True
-        )
-        return out.cpu().contiguous(), moments.cpu()
-
-    check_embed(embed, Embed(**{**vars(case), "dtype": dtype}), run.name)
-
-
-@per_dtype
-@pytest.mark.parametrize("norm", ["gn", "ln"])
-def test_norm_and_head(run, dtype, norm):
-    def moments(x):
-        return None if norm == "ln" else run.ops["moments"](x)
-
-    def run_norm(x, weight, bias, eps, per_position, kind):
-        x = on_gpu(x)
-        return run.ops["norm"](x, moments(x), on_gpu(weight), on_gpu(bias), eps, per_position, kind or x.dtype).cpu()
-
-    def run_head(x, p, per_position, kind):
-        x, p = on_gpu(x), [on_gpu(value) for value in p]
-        return run.ops["head"](x, moments(x), p[0], p[1], EPS, p[2], p[3], per_position, kind or x.dtype).cpu()
-
-    check_norm(run_norm, Block(96, (17, 20), dtype, norm, layout="channels_last"), run.name)
-    check_head(run_head, Block(512, (7, 7), dtype, norm, batch=12), 1000, run.name)
 
 
 @pytest.mark.slow
@@ -235,9 +152,8 @@ def test_two_streams_and_two_threads(patched):
 
     def work(start: int) -> None:
         with torch.inference_mode(), torch.cuda.stream(streams[start]):
-            for index in list(range(start, len(inputs), 2)) * 5:
-                if not torch.equal(model(inputs[index]), expected[index]):
-                    wrong.append(index)
+            rounds = list(range(start, len(inputs), 2)) * 5
+            wrong.extend(index for index in rounds if not torch.equal(model(inputs[index]), expected[index]))
 
     workers = [threading.Thread(target=work, args=(start,)) for start in range(2)]
     for worker in workers:
@@ -271,18 +187,21 @@ def test_no_synchronisation_and_no_other_kernel(name, patched):
 
 
 @torch.inference_mode()
-def test_a_device_that_is_not_the_current_one(run):
+def test_a_device_that_is_not_the_current_one(target):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
+    block, moments = target.ops["block"], target.ops["moments"]
     case = Block(96, (9, 7), torch.bfloat16)
     x, parameters = tokens(case, 0, 96), [block_parameters(case, 0)[key] for key in PARAMETERS]
-    there = lambda value: value.to("cuda:1") if isinstance(value, torch.Tensor) else value  # noqa: E731
-    block, moments = run.ops["block"], run.ops["moments"]
+
+    def there(value):
+        return value.to("cuda:1") if isinstance(value, torch.Tensor) else value
+
     found = block(there(x), moments(there(x)), *map(there, parameters))[0]
     assert torch.cuda.current_device() == 0 and found.device.index == 1
     assert torch.equal(found.cpu(), block(on_gpu(x), moments(on_gpu(x)), *map(on_gpu, parameters))[0].cpu())
-    if run.name == "cuda":
-        with pytest.raises(RuntimeError, match="is on cuda:0 and the tokens are on cuda:1; move one of them"):
+    if target.name == "cuda":
+        with pytest.raises(RuntimeError, match=r"is on cuda:0 and the tokens are on cuda:1; move one of them"):
             block(there(x), moments(there(x)), *map(on_gpu, parameters))
 
 
@@ -326,7 +245,7 @@ def test_bad_input_and_moves(name, patched):
     assert torch.equal(explicit.cuda()(x), expected)
 
 
-def test_compile_and_opcheck(run, patched):
+def test_compile_and_opcheck(target, patched):
     model, x = patched(model_of("s12", torch.bfloat16)), images_of(2, 224, torch.bfloat16)
     with torch.inference_mode():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -336,7 +255,7 @@ def test_compile_and_opcheck(run, patched):
         values = tokens(case, 0, 24).cuda().contiguous(memory_format=FORMATS[layout])
         arguments = [on_gpu(value) for value in block_parameters(case, 0).values()]
         torch.library.opcheck(
-            run.ops["block"], (values, run.ops["moments"](values), *arguments),
+            target.ops["block"].default, (values, target.ops["moments"](values), *arguments),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 

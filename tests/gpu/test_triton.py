@@ -1,8 +1,8 @@
 """The Triton backend where there is no GPU: its kernels in Triton's interpreter, and how it says why it is unusable.
 
-The interpreted tests run in processes of their own: Triton reads TRITON_INTERPRET when it is first imported.
-`tests/gpu/interpreted/` holds them. What the compiler makes of the kernels is in `test_triton_ahead.py`, what a GPU
-computes with them in `test_gpu.py`.
+The tests in the interpreter run in processes of their own, as Triton reads TRITON_INTERPRET when it is first imported:
+the conformance suite (`tests/conformance`) and those of `tests/gpu/interpreted`. What the compiler makes of the
+kernels is in `test_triton_ahead.py`, what a GPU computes with them in `test_gpu.py`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support_paths import TESTS
 from support_processes import check, started
 
 import riformer_kernels
-from riformer_kernels import BackendError, backends
+from riformer_kernels import BackendError, backends, ops
 from riformer_kernels.backends import _devices, triton
 
-INTERPRETED = Path(__file__).resolve().parent / "interpreted"
-FILES = sorted(INTERPRETED.glob("interpreted_*.py"))
+INTERPRETED = TESTS / "gpu" / "interpreted"
+RUNS = {
+    "conformance": [TESTS / "conformance" / "test_conformance.py", "--target=interpreted"],
+    "promises": [TESTS / "conformance" / "test_promises.py", "--target=interpreted"],
+} | {file.stem: [file, "--target=interpreted"] for file in sorted(INTERPRETED.glob("interpreted_*.py"))}
 
 ABSENT = """
 import sys, importlib.util
@@ -40,19 +43,19 @@ def fresh(code: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
     pytest.importorskip("triton")
-    with started(FILES, tmp_path_factory.mktemp("interpreted"), TRITON_INTERPRET="1") as processes:
+    with started(RUNS, tmp_path_factory.mktemp("interpreted"), TRITON_INTERPRET="1") as processes:
         yield processes
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_interpreted(running, file):
-    check(*running[file])
+@pytest.mark.parametrize("name", RUNS)
+def test_interpreted(running, name):
+    check(*running[name])
 
 
 def test_interpreted_files_are_found():
-    assert {file.stem for file in FILES} >= {"interpreted_ops", "interpreted_mutants", "interpreted_model"}
+    assert {"interpreted_model", "interpreted_mutants", "interpreted_paths"} <= RUNS.keys()
 
 
 # -------------------------------------------------------------------------------------------- without Triton or a GPU
@@ -89,7 +92,7 @@ def test_without_a_gpu_it_says_why():
     pytest.importorskip("triton")
     reason = triton.unusable()
     assert reason and ("built without CUDA" in reason or "no CUDA device" in reason)
-    with pytest.raises(BackendError, match="triton.*(built without CUDA|no CUDA device)"):
+    with pytest.raises(BackendError, match=r"triton.*(built without CUDA|no CUDA device)"):
         backends.choose("auto", torch.device("cuda"), torch.float32)
     with pytest.raises(BackendError, match="it serves cuda tensors"):
         backends.choose("triton", torch.device("cpu"), torch.float32)
@@ -131,6 +134,6 @@ def test_info_shows_the_backend_and_the_reason():
 
 
 def test_every_op_has_a_cuda_kernel():
-    for name in ("moments", "embed", "block", "block_", "norm", "head"):
+    for name in ops.ALL:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"riformer::{name}", "CUDA"), name
     assert riformer_kernels.backends.ALL["triton"] is triton.BACKEND

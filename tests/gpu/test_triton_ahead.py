@@ -52,9 +52,9 @@ def check(results: list[ahead.Compiled], dtype: torch.dtype) -> None:
             wrong.append(f"{result}: more shared memory than sm_{architecture} has")
         if result.programs_per_processor < LEAST_PROGRAMS:
             wrong.append(f"{result}: does not fit on a multiprocessor")
-        if f"_{result.kernel}" in MATRIX_KERNELS and dtype != torch.float32:
-            if result.matrix not in INSTRUCTIONS.get(architecture, ("mma.sync",)):
-                wrong.append(f"{result}: no matrix instruction of sm_{architecture}")
+        multiplies = f"_{result.kernel}" in MATRIX_KERNELS and dtype != torch.float32
+        if multiplies and result.matrix not in INSTRUCTIONS.get(architecture, ("mma.sync",)):
+            wrong.append(f"{result}: no matrix instruction of sm_{architecture}")
     assert not wrong, "\n".join(wrong)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support_ops import need_native
+from support_cpu import need_native
 from support_paths import ROOT
 
 from riformer_kernels import ops

@@ -1,4 +1,4 @@
-"""What an installed package must hold: one version, typed, no machine in the library, kernels there after the import."""
+"""What an installed package must hold: one version, types, no path of a machine, and kernels after the import alone."""
 
 import re
 import shutil

@@ -12,30 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support_ops import (  # noqa: F401
-    ISAS,
-    LAYOUTS,
-    OPS,
-    PARAMETERS,
-    Block,
-    block_parameters,
-    check_block,
-    check_moments,
-    isa_fixture,
-    lay_out,
-    native_block,
-    one_thread,
-    per_dtype,
-    per_isa,
-    per_norm,
-    threads,
-    tokens,
-)
-from test_embed import Embed, check_embed, embed_parameters, native_embed
-from test_head import check_head, native_head
-from test_norm import check_norm, native_norm
+from support_block import PARAMETERS, Block, block_parameters, check_block
+from support_cases import LAYOUTS, lay_out, per_dtype, per_norm, tokens
+from support_cpu import CPU, ISAS, OPS, per_isa, threads
+from support_embed import Embed, check_embed, embed_parameters
+from support_head import check_head
+from support_moments import check_moments
+from support_norm import check_norm
 
 from riformer_kernels.backends import cpu
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_library_under_test_is_the_sanitized_one():
@@ -64,15 +51,15 @@ BLOCKS = [
 @per_norm
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
 def test_block(isa, dtype, norm, case):
-    check_block(native_block, replace(case, dtype=dtype, norm=norm), isa)
+    check_block(CPU.block, replace(case, dtype=dtype, norm=norm), isa)
 
 
 @per_isa
 @per_dtype
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_parameters_of_every_dtype(isa, dtype, parameters):
-    check_block(native_block, Block(24, (9, 7), dtype, parameters=parameters, hidden=72, residual=False), isa)
-    check_embed(native_embed, Embed(5, 24, dtype=dtype, parameters=parameters, images=parameters), isa)
+    check_block(CPU.block, Block(24, (9, 7), dtype, parameters=parameters, hidden=72, residual=False), isa)
+    check_embed(CPU.embed, Embed(5, 24, dtype=dtype, parameters=parameters, images=parameters), isa)
 
 
 @per_isa
@@ -82,7 +69,7 @@ def test_parameters_of_every_dtype(isa, dtype, parameters):
 def test_in_place(isa, dtype, norm, layout):
     case = Block(24, (9, 7), dtype, norm)
     x, parameters = lay_out(tokens(case, 0, 24), layout), block_parameters(case, 0)
-    out, out_moments = native_block(x, parameters)
+    out, out_moments = CPU.block(x, parameters)
     moments = None if norm == "ln" else OPS.moments(x)
     OPS.block_(x, moments, *(parameters[name] for name in PARAMETERS))
     assert torch.equal(x, out) and (moments is None or torch.equal(moments, out_moments))
@@ -106,7 +93,7 @@ EMBEDS = [
 @per_dtype
 @pytest.mark.parametrize("case", EMBEDS, ids=str)
 def test_embed(isa, dtype, case):
-    check_embed(native_embed, replace(case, dtype=dtype), isa)
+    check_embed(CPU.embed, replace(case, dtype=dtype), isa)
 
 
 @per_isa
@@ -116,7 +103,7 @@ def test_embed(isa, dtype, case):
 def test_norm_and_moments(isa, dtype, norm, channels, size):
     for layout in ("nchw", "channels_last", "offset"):
         case = Block(channels, size, dtype, norm, layout=layout)
-        check_norm(native_norm, case, isa)
+        check_norm(CPU.norm, case, isa)
         x = tokens(case, 0, channels)
         check_moments(OPS.moments(x), x, f"{isa} {case}")
 
@@ -126,7 +113,7 @@ def test_norm_and_moments(isa, dtype, norm, channels, size):
 @per_norm
 def test_head(isa, dtype, norm):
     for channels, classes, batch in ((8, 40, 12), (20, 33, 53), (24, 41, 13)):
-        check_head(native_head, Block(channels, (5, 5), dtype, norm, batch=batch, layout="strided"), classes, isa)
+        check_head(CPU.head, Block(channels, (5, 5), dtype, norm, batch=batch, layout="strided"), classes, isa)
 
 
 @per_isa
@@ -134,10 +121,10 @@ def test_head(isa, dtype, norm):
 @per_norm
 def test_empty_batch(isa, dtype, norm):
     case = Block(16, (7, 5), dtype, norm, batch=0)
-    out, moments = native_block(tokens(case, 0, 16), block_parameters(case, 0))
+    out, moments = CPU.block(tokens(case, 0, 16), block_parameters(case, 0))
     assert out.shape == (0, 16, 7, 5) and moments.shape[0] == 0
     case = Embed(3, 16, dtype=dtype, batch=0)
-    assert native_embed(tokens(case, 0, 3), embed_parameters(case, 0), dtype)[0].shape == (0, 16, 9, 10)
+    assert CPU.embed(tokens(case, 0, 3), embed_parameters(case, 0), dtype)[0].shape == (0, 16, 9, 10)
 
 
 @per_isa
@@ -148,12 +135,12 @@ def test_values_that_overflow(isa, dtype, value):
     for norm in ("gn", "ln"):
         case = Block(16, (9, 7), dtype, norm)
         x, parameters = tokens(case, 0, 16), block_parameters(case, 0)
-        clean = native_block(x, parameters)[0]
+        clean = CPU.block(x, parameters)[0]
         x[1, 3, 4, 4] = value
-        found = native_block(x, parameters)[0]
+        found = CPU.block(x, parameters)[0]
         assert torch.equal(found[[0, 2]], clean[[0, 2]])
         large = parameters | {"fc1_weight": parameters["fc1_weight"] * 1e3, "fc1_bias": parameters["fc1_bias"] * 1e3}
-        assert native_block(x[:1], large)[0].isfinite().all() or dtype == torch.float16
+        assert CPU.block(x[:1], large)[0].isfinite().all() or dtype == torch.float16
 
 
 @per_isa
@@ -161,8 +148,8 @@ def test_values_that_overflow(isa, dtype, value):
 def test_threads(isa, dtype):
     case = Block(24, (17, 20), dtype)
     x, parameters = tokens(case, 0, 24), block_parameters(case, 0)
-    expected = native_block(x, parameters)
+    expected = CPU.block(x, parameters)
     for count in (2, 4):
         with threads(count):
-            for found, wanted in zip(native_block(x, parameters), expected, strict=True):
+            for found, wanted in zip(CPU.block(x, parameters), expected, strict=True):
                 assert torch.equal(found, wanted)

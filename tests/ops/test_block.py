@@ -3,38 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from support_ops import (  # noqa: F401
-    DTYPES,
-    LAYOUTS,
-    OPS,
-    PARAMETERS,
-    SEMANTICS,
-    Block,
-    all_pairs,
-    block_parameters,
-    check_block,
-    check_moments,
-    eager_block,
-    isa_fixture,
-    lay_out,
-    like,
-    native_block,
-    one_thread,
-    per_dtype,
-    per_isa,
-    per_norm,
-    threads,
-    tokens,
-)
-
-SIZES = ((1, 1), (5, 5), (7, 7), (9, 7), (14, 14), (17, 20), (28, 28))
-GRID = all_pairs(
-    Block, 60_000_000, channels=(8, 16, 24, 64, 96, 128, 320, 512), size=SIZES, dtype=DTYPES, norm=("gn", "ln"),
-    form=("training", "deployed", "unit"), residual=(True, False), layout=LAYOUTS, batch=(1, 3, 5),
-)  # fmt: skip
+from support_block import PARAMETERS, Block, block_parameters, check_block, eager_block
+from support_cases import DTYPES, LAYOUTS, lay_out, like, per_dtype, per_norm, tokens
+from support_cpu import CPU, OPS, per_isa, threads
+from support_moments import check_moments
 
 
 def in_place(x, parameters, moments=None):
@@ -46,23 +22,11 @@ def in_place(x, parameters, moments=None):
 
 
 @per_isa
-@pytest.mark.parametrize("case", GRID, ids=str)
-def test_grid(isa, case):
-    check_block(native_block, case, isa)
-
-
-@per_isa
-@pytest.mark.parametrize("case", SEMANTICS, ids=str)
-def test_semantics(isa, case):
-    check_block(native_block, case, isa)
-
-
-@per_isa
 @per_dtype
 @pytest.mark.parametrize("hidden", [8, 24, 256, 264, 1000])
 @pytest.mark.parametrize("channels", [8, 40])
 def test_hidden_widths(isa, dtype, hidden, channels):
-    check_block(native_block, Block(channels, (9, 7), dtype, hidden=hidden, residual=False), isa)
+    check_block(CPU.block, Block(channels, (9, 7), dtype, hidden=hidden, residual=False), isa)
 
 
 @per_isa
@@ -71,7 +35,7 @@ def test_hidden_widths(isa, dtype, hidden, channels):
 @pytest.mark.parametrize("parameters", DTYPES, ids=str)
 def test_parameters_of_another_dtype(isa, dtype, norm, parameters):
     """Golden takes the parameters as they are; eager has to round them to the tokens' dtype first."""
-    check_block(native_block, Block(40, (9, 7), dtype, norm, residual=False, parameters=parameters, hidden=72), isa)
+    check_block(CPU.block, Block(40, (9, 7), dtype, norm, residual=False, parameters=parameters, hidden=72), isa)
 
 
 @per_isa
@@ -81,7 +45,7 @@ def test_parameters_of_another_dtype(isa, dtype, norm, parameters):
 @pytest.mark.parametrize("residual", [True, False])
 def test_special_values(isa, dtype, norm, values, residual):
     channels = 64 if values == "subnormal" else 16
-    check_block(native_block, Block(channels, (9, 7), dtype, norm, values=values, residual=residual), isa)
+    check_block(CPU.block, Block(channels, (9, 7), dtype, norm, values=values, residual=residual), isa)
 
 
 ABSENT = [("fc1_bias",), ("fc2_bias",), ("layer_scale_2",), ("affine_bias",),
@@ -93,7 +57,7 @@ ABSENT = [("fc1_bias",), ("fc2_bias",), ("layer_scale_2",), ("affine_bias",),
 @pytest.mark.parametrize("absent", ABSENT, ids="+".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_absent_arguments(isa, norm, absent, dtype):
-    check_block(native_block, Block(24, (9, 7), dtype, norm, absent=absent), isa)
+    check_block(CPU.block, Block(24, (9, 7), dtype, norm, absent=absent), isa)
 
 
 @per_isa
@@ -101,7 +65,7 @@ def test_eps_of_each_norm(isa):
     case = Block(values="small")
     x, parameters = tokens(case, 0, 16), block_parameters(case, 0) | {"eps1": 1e-3, "eps2": 1e-6}
     golden = eager_block(x.double(), parameters)
-    found, _ = native_block(x, parameters)
+    found, _ = CPU.block(x, parameters)
     assert (found - golden).abs().max() < 2e-4 * golden.abs().max(), f"{isa}: {(found - golden).abs().max()}"
 
 
@@ -114,10 +78,10 @@ def test_eps_of_each_norm(isa):
 def test_every_layout_gives_the_same_bits(isa, dtype, norm):
     case = Block(24, (9, 7), dtype, norm)
     x, parameters = tokens(case, 0, 24), block_parameters(case, 0)
-    out, moments = native_block(x, parameters)
+    out, moments = CPU.block(x, parameters)
     for layout in LAYOUTS:
         view = lay_out(x, layout)
-        found, found_moments = native_block(view, parameters)
+        found, found_moments = CPU.block(view, parameters)
         first = slice(0, 1) if layout == "expanded" else slice(None)
         assert torch.equal(found[first], out[first]) and torch.equal(found_moments[first], moments[first]), layout
         assert found.stride() == like(view).stride(), layout
@@ -128,7 +92,7 @@ def test_every_layout_gives_the_same_bits(isa, dtype, norm):
 def test_layouts_of_parameters(isa, dtype):
     case = Block(24, (7, 5), dtype, hidden=40)
     x, parameters = tokens(case, 0, 24), block_parameters(case, 0)
-    expected = native_block(x, parameters)
+    expected = CPU.block(x, parameters)
 
     def strided(weight):
         return lay_out(weight.reshape(*weight.shape[:2], 1, 1), "strided")
@@ -143,16 +107,16 @@ def test_layouts_of_parameters(isa, dtype):
     }
     for name, form in forms.items():
         changed = parameters | {key: form(parameters[key]) for key in ("fc1_weight", "fc2_weight")}
-        for found, wanted in zip(native_block(x, changed), expected, strict=True):
+        for found, wanted in zip(CPU.block(x, changed), expected, strict=True):
             assert torch.equal(found, wanted), f"{isa} {dtype}: fc weights {name}"
     for key, value in parameters.items():
         if isinstance(value, torch.Tensor) and value.dim() == 1:
             spread = value.new_full((2 * value.numel(),), float("nan"))
             spread[::2] = value
-            found = native_block(x, parameters | {key: spread[::2]})
+            found = CPU.block(x, parameters | {key: spread[::2]})
             assert torch.equal(found[0], expected[0]), f"{isa} {dtype}: {key} with stride 2"
     flat = parameters | {"affine_weight": parameters["affine_weight"].flatten()}
-    assert torch.equal(native_block(x, flat)[0], expected[0])
+    assert torch.equal(CPU.block(x, flat)[0], expected[0])
 
 
 @per_isa
@@ -163,7 +127,7 @@ def test_empty_batch(isa, dtype, norm, shape):
     case = Block(shape[1], shape[2:], dtype, norm, batch=0)
     for layout in ("nchw", "channels_last"):
         x = tokens(replace(case, layout=layout), 0, shape[1])
-        out, moments = native_block(x, block_parameters(case, 0))
+        out, moments = CPU.block(x, block_parameters(case, 0))
         assert out.shape == shape and out.dtype == dtype
         assert moments.shape == (0, 2, 0 if norm == "ln" else shape[1]) and moments.dtype == torch.float32
         in_place(x, block_parameters(case, 0))
@@ -183,7 +147,7 @@ def test_constant_image(isa, dtype, norm, mean):
     x = torch.full((2, 16, 9, 7), mean, dtype=dtype)
     parameters = block_parameters(case, 0)
     golden = eager_block(x.double(), parameters)
-    found, _ = native_block(x, parameters)
+    found, _ = CPU.block(x, parameters)
     absolute = {k: v.double().flatten(1).abs() for k, v in parameters.items() if k in ("fc1_weight", "fc2_weight")}
     gain = absolute["fc2_weight"] @ absolute["fc1_weight"] @ parameters["norm2_weight"].double().abs()
     of_mean = 2.0**-23 * abs(mean) / 1e-5**0.5 * 1.13 * gain * parameters["layer_scale_2"].double().abs()
@@ -201,9 +165,9 @@ def test_constant_image(isa, dtype, norm, mean):
 def test_one_bad_value_stays_in_its_image(isa, dtype, norm, value, size):
     case = Block(24, size, dtype, norm, batch=4)
     x, parameters = tokens(case, 0, 24), block_parameters(case, 0)
-    clean, clean_moments = native_block(x, parameters)
+    clean, clean_moments = CPU.block(x, parameters)
     x[1, 5, size[0] // 2, size[1] // 2] = value
-    found, moments = native_block(x, parameters)
+    found, moments = CPU.block(x, parameters)
     for image in (0, 2, 3):
         assert torch.equal(found[image], clean[image]) and torch.equal(moments[image], clean_moments[image])
     assert torch.equal(found.isnan(), eager_block(x.double(), parameters).isnan()), "NaN where float64 has NaN"
@@ -219,7 +183,7 @@ def test_layer_scales_of_zero_give_back_the_input(isa, dtype, norm):
     parameters = block_parameters(case, 0) | {"layer_scale_1": zero, "layer_scale_2": zero}
     for values in ("normal", "small", "subnormal"):
         x = tokens(replace(case, values=values), 0, 16)
-        assert torch.equal(native_block(x, parameters)[0], x), values
+        assert torch.equal(CPU.block(x, parameters)[0], x), values
 
 
 # ------------------------------------------------------------------------------------------- the same bits, always
@@ -232,10 +196,10 @@ def test_layer_scales_of_zero_give_back_the_input(isa, dtype, norm):
 def test_an_image_gives_the_same_bits_alone_and_in_any_batch(isa, dtype, norm, channels, size):
     case = Block(channels, size, dtype, norm, batch=17)
     x, parameters = tokens(case, 0, channels), block_parameters(case, 0)
-    alone = [native_block(image[None], parameters) for image in x]
+    alone = [CPU.block(image[None], parameters) for image in x]
     for batch, firsts in ((2, (0, 7, 15)), (5, (0, 3, 12)), (17, (0,))):
         for first in firsts:
-            found = native_block(x[first : first + batch], parameters)
+            found = CPU.block(x[first : first + batch], parameters)
             for i in range(batch):
                 for mine, wanted in zip(found, alone[first + i], strict=True):
                     assert torch.equal(mine[i], wanted[0]), f"{isa} {case}: image {first + i} in a batch of {batch}"
@@ -252,11 +216,11 @@ def test_sharing_channels_changes_nothing(isa, dtype, channels, hidden, size):
     parameters = block_parameters(case, 0)
     x = tokens(case, 0, channels)
     with threads(1):
-        wanted, wanted_moments = native_block(x, parameters)
+        wanted, wanted_moments = CPU.block(x, parameters)
     for count in (2, 3, 7):
         with threads(count):
             for first, last in ((0, 1), (4, 6), (0, 9)):
-                found, moments = native_block(x[first:last].contiguous(), parameters)
+                found, moments = CPU.block(x[first:last].contiguous(), parameters)
                 label = f"{isa} {case} images {first}..{last} with {count} threads"
                 assert torch.equal(found, wanted[first:last]), label
                 assert torch.equal(moments, wanted_moments[first:last]), label
@@ -269,11 +233,11 @@ def test_sharing_channels_changes_nothing(isa, dtype, channels, hidden, size):
 def test_threads_and_runs_change_nothing(isa, dtype, norm, size):
     case = Block(24, size, dtype, norm, batch=3)
     x, parameters = tokens(case, 0, 24), block_parameters(case, 0)
-    expected = native_block(x, parameters)
+    expected = CPU.block(x, parameters)
     for count in (1, 2, 3, 4):
         with threads(count):
             for _ in range(3):
-                for mine, wanted in zip(native_block(x, parameters), expected, strict=True):
+                for mine, wanted in zip(CPU.block(x, parameters), expected, strict=True):
                     assert torch.equal(mine, wanted), f"{isa} {case} with {count} threads"
 
 
@@ -288,7 +252,7 @@ def test_threads_and_runs_change_nothing(isa, dtype, norm, size):
 def test_in_place_is_the_same_and_touches_nothing_else(isa, dtype, norm, layout, residual):
     case = Block(24, (9, 7), dtype, norm, residual=residual)
     x, parameters = lay_out(tokens(case, 0, 24), layout), block_parameters(case, 0)
-    out, moments = native_block(x, parameters)
+    out, moments = CPU.block(x, parameters)
     whole = x._base if x._base is not None and x._base.numel() > x.numel() else None
     around = None if whole is None else whole.isnan().sum().item()
     found, found_moments = in_place(x, parameters)
@@ -315,7 +279,7 @@ def test_in_place_between_guards(isa, dtype):
     """Bytes on both sides of a contiguous x, and of its moments, stay as they are."""
     case = Block(24, (9, 7), dtype)
     x, parameters = tokens(case, 0, 24), block_parameters(case, 0)
-    out, out_moments = native_block(x, parameters)
+    out, out_moments = CPU.block(x, parameters)
     buffer = torch.full((x.numel() + 130,), 77.0, dtype=dtype)
     inside = buffer[65:-65].view(x.shape)
     inside.copy_(x)
@@ -340,7 +304,7 @@ def test_moments_flow_from_block_to_block(isa, dtype):
         parameters = block_parameters(case, seed)
         in_place(flowing, parameters, moments)
         check_moments(moments, flowing, f"{isa} {case}")
-        fresh, _ = native_block(fresh, parameters)
+        fresh, _ = CPU.block(fresh, parameters)
         assert torch.equal(OPS.moments(fresh), moments) and torch.equal(fresh, flowing)
 
 
@@ -348,7 +312,8 @@ def test_moments_flow_from_block_to_block(isa, dtype):
 @pytest.mark.parametrize("isa", ["avx512", "avx2"], indirect=True)
 def test_more_than_2_to_31_elements(isa):
     """257 images of 2^23 elements each: the last one starts where a 32-bit offset ends."""
-    available = next(int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable")) * 1024
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
     if available < 8 << 30:
         pytest.skip(f"needs 8 GB of free memory, found {available >> 30} GB")
     case = Block(8, (1024, 1024), torch.bfloat16, batch=1, hidden=8)
@@ -361,5 +326,5 @@ def test_more_than_2_to_31_elements(isa):
     with threads(2):
         _, moments = in_place(x, parameters)
         for i, image in kept.items():
-            expected, expected_moments = native_block(image, parameters)
+            expected, expected_moments = CPU.block(image, parameters)
             assert torch.equal(x[i], expected[0]) and torch.equal(moments[i], expected_moments[0]), f"{isa}: image {i}"

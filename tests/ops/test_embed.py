@@ -2,112 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from support_ops import (  # noqa: F401
-    DTYPES,
-    LAYOUTS,
-    OPS,
-    Expected,
-    all_pairs,
-    check_moments,
-    check_ratios,
-    described,
-    draws,
-    isa_fixture,
-    lay_out,
-    one_thread,
-    per_dtype,
-    per_isa,
-    seeds_of,
-    threads,
-    tokens,
-)  # fmt: skip
+from support_cases import DTYPES, LAYOUTS, all_pairs, lay_out, per_dtype, tokens
+from support_cpu import CPU, OPS, per_isa, threads
+from support_embed import DOWNSAMPLE, STEM, Embed, check_embed, embed_parameters
 
-from riformer_kernels import numerics
-
-
-@dataclass(frozen=True)
-class Embed:
-    """A case of ``embed``; ``dtype`` is the result's."""
-
-    in_channels: int = 3
-    channels: int = 16
-    kernel: tuple[int, int] = (3, 3)
-    stride: int = 2
-    padding: int = 1
-    size: tuple[int, int] = (17, 20)
-    dtype: torch.dtype = torch.float32
-    images: torch.dtype | None = None  # None: as the result
-    parameters: torch.dtype | None = None
-    layout: str = "nchw"
-    weight_layout: str = "nchw"
-    bias: bool = True
-    batch: int = 3
-    seed: int = 0
-
-    @property
-    def work(self) -> int:
-        area = (self.size[0] // self.stride + 1) * (self.size[1] // self.stride + 1)
-        return self.in_channels * self.channels * self.kernel[0] * self.kernel[1] * area * self.batch
-
-    def __str__(self) -> str:
-        return described(self)
-
-
-def embed_parameters(case: Embed, seed: int) -> dict[str, Any]:
-    draw = draws(seed + 1, case.parameters or case.dtype)
-    fan = case.in_channels * case.kernel[0] * case.kernel[1]
-    weight = draw(case.channels, case.in_channels, *case.kernel, std=fan**-0.5)
-    bias = draw(case.channels, std=0.25) if case.bias else None
-    return {"weight": lay_out(weight, case.weight_layout), "bias": bias, "stride": case.stride, "padding": case.padding}
-
-
-def eager_embed(x: torch.Tensor, parameters: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
-    bias = None if parameters["bias"] is None else parameters["bias"].to(dtype)
-    weight = parameters["weight"].to(dtype)
-    return F.conv2d(x.to(dtype), weight, bias, parameters["stride"], parameters["padding"])
-
-
-@lru_cache(maxsize=32)
-@torch.no_grad()
-def expected_embed(case: Embed) -> Expected:
-    area = [(s + 2 * case.padding - k) // case.stride + 1 for s, k in zip(case.size, case.kernel)]
-    values = case.batch * case.channels * area[0] * area[1]
-    arguments = [(tokens(case, s, case.in_channels), embed_parameters(case, s)) for s in seeds_of(case, values)]
-    golden = [eager_embed(x.contiguous(), p, torch.float64) for x, p in arguments]
-    plain = arguments
-    if case.kernel not in ((7, 7), (3, 3)):
-        # For a 3x5 kernel oneDNN's channels_last sum has 1.5x less error than its NCHW one: one format judges both.
-        # (For the model's two kernels, ours has less than either.)
-        plain = [(x.contiguous(), {**p, "weight": p["weight"].contiguous()}) for x, p in arguments]
-    return Expected(arguments, torch.cat([eager_embed(x, p, case.dtype) for x, p in plain]), torch.cat(golden))
-
-
-def native_embed(x: torch.Tensor, parameters: dict[str, Any], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return OPS.embed(x, *(parameters[name] for name in ("weight", "bias", "stride", "padding")), dtype, True)
-
-
-def check_embed(run: Callable[..., Any], case: Embed, label: str = "") -> numerics.ErrorRatios:
-    label = f"{label}: {case}"
-    expected = expected_embed(case)
-    found = []
-    for x, parameters in expected.arguments:
-        out, moments = run(x, parameters, case.dtype)
-        assert out.dtype == case.dtype and out.is_contiguous(), f"{label}: {out.dtype}, strides {out.stride()}"
-        check_moments(moments, out, label)
-        found.append(out)
-    return check_ratios(torch.cat(found), expected.eager, expected.golden, label)
-
-
-STEM = {"kernel": (7, 7), "stride": 4, "padding": 2}
-DOWNSAMPLE = {"kernel": (3, 3), "stride": 2, "padding": 1}
 SIZES = ((7, 7), (9, 7), (17, 20), (33, 32), (56, 41))
 WEIGHTS = ("nchw", "channels_last", "strided", "offset")
 GRID = (
@@ -133,7 +35,7 @@ GRID = (
 @per_isa
 @pytest.mark.parametrize("case", GRID, ids=str)
 def test_grid(isa, case):
-    check_embed(native_embed, case, isa)
+    check_embed(CPU.embed, case, isa)
 
 
 @per_isa
@@ -141,7 +43,7 @@ def test_grid(isa, case):
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("size", [(224, 224), (225, 193), (32, 32)])
 def test_stem_of_the_model(isa, dtype, layout, size):
-    check_embed(native_embed, Embed(3, 64, size=size, dtype=dtype, layout=layout, batch=1, **STEM), isa)
+    check_embed(CPU.embed, Embed(3, 64, size=size, dtype=dtype, layout=layout, batch=1, **STEM), isa)
 
 
 @per_isa
@@ -150,7 +52,7 @@ def test_stem_of_the_model(isa, dtype, layout, size):
 def test_downsampling_of_the_model(isa, dtype, channels, size):
     if isa == "scalar" and channels[0] == 64:
         size = (21, 20)  # 231 million multiply-adds at 56x56
-    check_embed(native_embed, Embed(*channels, size=size, dtype=dtype, batch=1, **DOWNSAMPLE), isa)
+    check_embed(CPU.embed, Embed(*channels, size=size, dtype=dtype, batch=1, **DOWNSAMPLE), isa)
 
 
 @per_isa
@@ -158,7 +60,7 @@ def test_downsampling_of_the_model(isa, dtype, channels, size):
 def test_images_of_float32_and_results_of_another_dtype(isa, dtype):
     """Golden takes images and parameters as they are; eager has to round both to the result's dtype first."""
     case = Embed(3, 64, size=(64, 48), dtype=dtype, images=torch.float32, parameters=torch.float32, **STEM)
-    check_embed(native_embed, case, isa)
+    check_embed(CPU.embed, case, isa)
 
 
 @per_isa
@@ -166,7 +68,7 @@ def test_images_of_float32_and_results_of_another_dtype(isa, dtype):
 @pytest.mark.parametrize("size", [(3, 3), (3, 9), (6, 4)])
 def test_images_smaller_than_the_kernel(isa, dtype, size):
     """With the padding they are just large enough: one position, most taps of which are padding."""
-    check_embed(native_embed, Embed(3, 16, size=size, dtype=dtype, batch=5, **STEM), isa)
+    check_embed(CPU.embed, Embed(3, 16, size=size, dtype=dtype, batch=5, **STEM), isa)
 
 
 @per_isa
@@ -177,14 +79,14 @@ def test_every_layout_gives_the_same_bits(isa, dtype, in_channels, shape):
     """Of the images. A weight in channels_last may be summed in its own order: there the rule holds, see the grid."""
     case = Embed(in_channels, 24, size=(21, 18), dtype=dtype, **shape)
     x, parameters = tokens(case, 0, in_channels), embed_parameters(case, 0)
-    out, moments = native_embed(x, parameters, dtype)
+    out, moments = CPU.embed(x, parameters, dtype)
     for layout in LAYOUTS:
-        found = native_embed(lay_out(x, layout), parameters, dtype)
+        found = CPU.embed(lay_out(x, layout), parameters, dtype)
         first = slice(0, 1) if layout == "expanded" else slice(None)
         assert torch.equal(found[0][first], out[first]) and torch.equal(found[1][first], moments[first]), layout
     spread = parameters["bias"].new_full((48,), float("nan"))
     spread[::2] = parameters["bias"]
-    assert torch.equal(native_embed(x, parameters | {"bias": spread[::2]}, dtype)[0], out)
+    assert torch.equal(CPU.embed(x, parameters | {"bias": spread[::2]}, dtype)[0], out)
 
 
 @per_isa
@@ -193,7 +95,7 @@ def test_every_layout_gives_the_same_bits(isa, dtype, in_channels, shape):
 def test_without_moments(isa, dtype, shape):
     case = Embed(3, 24, size=(21, 18), dtype=dtype, **shape)
     x, parameters = tokens(case, 0, 3), embed_parameters(case, 0)
-    out, moments = native_embed(x, parameters, dtype)
+    out, moments = CPU.embed(x, parameters, dtype)
     found, none = OPS.embed(x, *parameters.values(), dtype, False)
     assert torch.equal(found, out) and none.shape == (3, 2, 0) and none.dtype == torch.float32
     assert torch.equal(OPS.moments(out), moments), "the moments are those of what was written, to the bit"
@@ -205,7 +107,7 @@ def test_empty_batch(isa, dtype):
     case = Embed(3, 24, size=(21, 18), dtype=dtype, batch=0, **STEM)
     for layout in ("nchw", "channels_last"):
         x = tokens(replace(case, layout=layout), 0, 3)
-        out, moments = native_embed(x, embed_parameters(case, 0), dtype)
+        out, moments = CPU.embed(x, embed_parameters(case, 0), dtype)
         assert out.shape == (0, 24, 5, 4) and moments.shape == (0, 2, 24) and out.dtype == dtype
 
 
@@ -216,9 +118,9 @@ def test_empty_batch(isa, dtype):
 def test_one_bad_value_stays_in_its_windows(isa, dtype, value, in_channels):
     case = Embed(in_channels, 24, size=(21, 18), dtype=dtype, batch=4)
     x, parameters = tokens(case, 0, in_channels), embed_parameters(case, 0)
-    clean, clean_moments = native_embed(x, parameters, dtype)
+    clean, clean_moments = CPU.embed(x, parameters, dtype)
     x[1, 2, 10, 9] = value
-    found, moments = native_embed(x, parameters, dtype)
+    found, moments = CPU.embed(x, parameters, dtype)
     touched = torch.zeros_like(found, dtype=torch.bool)
     touched[1, :, 5, 4:6] = True  # rows 2 * 5 - 1 + [0, 3) and columns 2 * 4 - 1 + [0, 3), 2 * 5 - 1 + [0, 3)
     assert torch.equal(found.isfinite(), ~touched) and torch.equal(found[~touched], clean[~touched])
@@ -232,10 +134,10 @@ def test_an_image_gives_the_same_bits_alone_and_in_any_batch(isa, dtype):
     for shape, in_channels, size in ((STEM, 3, (37, 50)), (DOWNSAMPLE, 16, (15, 13))):
         case = Embed(in_channels, 24, size=size, dtype=dtype, batch=17, **shape)
         x, parameters = tokens(case, 0, in_channels), embed_parameters(case, 0)
-        alone = [native_embed(image[None], parameters, dtype) for image in x]
+        alone = [CPU.embed(image[None], parameters, dtype) for image in x]
         for batch, firsts in ((2, (0, 7, 15)), (5, (0, 3, 12)), (17, (0,))):
             for first in firsts:
-                found = native_embed(x[first : first + batch], parameters, dtype)
+                found = CPU.embed(x[first : first + batch], parameters, dtype)
                 for i in range(batch):
                     for mine, wanted in zip(found, alone[first + i], strict=True):
                         assert torch.equal(mine[i], wanted[0]), f"{isa} {case}: image {first + i} in {batch}"
@@ -247,9 +149,9 @@ def test_an_image_gives_the_same_bits_alone_and_in_any_batch(isa, dtype):
 def test_threads_and_runs_change_nothing(isa, dtype, shape):
     case = Embed(4, 24, size=(67, 70), dtype=dtype, **shape)
     x, parameters = tokens(case, 0, 4), embed_parameters(case, 0)
-    expected = native_embed(x, parameters, dtype)
+    expected = CPU.embed(x, parameters, dtype)
     for count in (1, 2, 3, 4):
         with threads(count):
             for _ in range(3):
-                for mine, wanted in zip(native_embed(x, parameters, dtype), expected, strict=True):
+                for mine, wanted in zip(CPU.embed(x, parameters, dtype), expected, strict=True):
                     assert torch.equal(mine, wanted), f"{isa} {case} with {count} threads"

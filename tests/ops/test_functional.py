@@ -17,8 +17,9 @@ def unit(channels=16, hidden=64, dtype=torch.float32, seed=0, pointwise=False):
 
     tail = (1, 1) if pointwise else ()
     parameters = [
-        draw(channels, scale=0.25, mean=1.0), draw(channels, scale=0.25), draw(hidden, channels, *tail, scale=channels**-0.5),
-        draw(hidden, scale=0.5), draw(channels, hidden, *tail, scale=1.5 * hidden**-0.5), draw(channels, scale=0.25),
+        draw(channels, scale=0.25, mean=1.0), draw(channels, scale=0.25),
+        draw(hidden, channels, *tail, scale=channels**-0.5), draw(hidden, scale=0.5),
+        draw(channels, hidden, *tail, scale=1.5 * hidden**-0.5), draw(channels, scale=0.25),
     ]  # fmt: skip
     return draw(3, channels, 7, 5, mean=0.5), parameters, draw(channels, scale=0.3, mean=0.5)
 
@@ -92,7 +93,7 @@ def test_gradients(backend, norm):
     for leaf in leaves:
         leaf.grad = None
     norm_mlp(leaves[0], *leaves[1:7], norm=norm, layer_scale=leaves[7], backend=backend).square().sum().backward()
-    for leaf, wanted in zip(leaves, expected):
+    for leaf, wanted in zip(leaves, expected, strict=True):
         assert torch.allclose(leaf.grad, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
 
 

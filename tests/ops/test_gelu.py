@@ -7,10 +7,8 @@ import sys
 
 import pytest
 import torch
-from support_ops import isa_fixture, per_isa  # noqa: F401
+from support_cpu import OPS, per_isa
 from support_paths import ROOT
-
-from riformer_kernels.backends import cpu
 
 COMMON = ROOT / "csrc" / "common"
 
@@ -29,7 +27,7 @@ def gelu_of_kernels(x: torch.Tensor) -> torch.Tensor:
         torch.zeros(channels, dtype=x.dtype),
         torch.eye(channels, dtype=x.dtype),
     )
-    out, _ = cpu.BACKEND.ops["block"](
+    out, _ = OPS.block(
         tokens, moments, None, None, None, None, None, 0.0, one, zero, 0.0, eye, None, eye, None, None, False, False
     )
     return out.reshape(-1)[: x.numel()]

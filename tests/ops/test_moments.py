@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support_ops import (  # noqa: F401
-    LAYOUTS,
-    OPS,
-    check_moments,
-    draws,
-    isa_fixture,
-    lay_out,
-    need_native,
-    one_thread,
-    per_dtype,
-    per_isa,
-    threads,
-)
+from support_cases import LAYOUTS, draws, lay_out, per_dtype
+from support_cpu import OPS, need_native, per_isa, threads
+from support_moments import check_moments
 
 from riformer_kernels import BackendError
 from riformer_kernels.backends import cpu

@@ -1,5 +1,8 @@
-"""The suite must be able to fail: every fault here has to be caught by the checks that the real tests use, on the cases
-that they use. A fault that gets through is a hole in the tests, not in the kernels."""
+"""The suite must be able to fail.
+
+Every fault here is put into a plain-PyTorch form of an op. The checks that the tests of the kernels use, on cases that
+they use, have to object. A fault that gets through is a hole in the tests, not in the kernels.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,16 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from support_ops import (
-    SEMANTICS,
-    Block,
-    block_parameters,
-    check_block,
-    check_moments,
-    draws,
-    one_thread,  # noqa: F401
-    tokens,
-)
-from test_embed import Embed, check_embed
-from test_equivalence import check_model
-from test_head import check_head
-from test_norm import check_norm
+from support_block import SEMANTICS, Block, block_parameters, check_block
+from support_cases import draws, tokens
+from support_embed import Embed, check_embed
+from support_equivalence import check_model
+from support_faults import caught_by, judge
+from support_head import check_head
+from support_moments import check_moments
+from support_norm import check_norm
 
-from riformer_kernels import algebra
+from riformer_kernels import algebra, ops
 
 BLOCK_FAULTS = (
     "tanh GELU", "eps dropped", "eps 1e-6", "unbiased variance", "fc1 bias dropped", "fc1 bias of one channel dropped",
@@ -55,7 +52,10 @@ def norm_with(fault, v, weight, bias, eps, per_position):
 def block_with(fault, x, parameters):
     """``block`` in plain PyTorch with one fault ("" for none), float32 inside as the kernels are."""
     p = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in parameters.items()}
-    column = lambda name: p[name].view(-1, 1, 1)  # noqa: E731
+
+    def column(name):
+        return p[name].view(-1, 1, 1)
+
     y = x = x.float()
     if p["norm1_weight"] is not None:
         scale, shift = p["affine_weight"], p["affine_bias"]
@@ -98,19 +98,6 @@ def block_with(fault, x, parameters):
     return out, moments[:, :, :0] if p["per_position"] else moments
 
 
-def caught_by(check, cases):
-    """The cases that object, and what they say: the numbers, nothing else, must be what is wrong."""
-    found = {}
-    for case in cases:
-        try:
-            check(case)
-        except AssertionError as error:
-            found[str(case)] = str(error)
-    numbers = ("x (limit", "a mean is off by", "a centred sum of squares is off by")
-    assert all(any(part in why for part in numbers) for why in found.values()), found
-    return found
-
-
 def test_no_fault_passes():
     assert not caught_by(partial(check_block, partial(block_with, "")), SEMANTICS)
 
@@ -118,7 +105,7 @@ def test_no_fault_passes():
 @pytest.mark.parametrize("fault", BLOCK_FAULTS)
 def test_block(fault):
     found = caught_by(partial(check_block, partial(block_with, fault)), SEMANTICS)
-    assert found, f"SURVIVED: {fault!r} passes all of the {len(SEMANTICS)} cases that the op's tests use"
+    judge(fault, found)
 
 
 @pytest.mark.parametrize("fault", ["eps dropped", "tanh GELU", "rstd rounded to bf16", "unbiased variance"])
@@ -170,7 +157,7 @@ def embed_with(fault, x, p, dtype):
 @pytest.mark.parametrize("fault", ["", *EMBED_FAULTS])
 def test_embed(fault):
     found = caught_by(partial(check_embed, partial(embed_with, fault)), EMBEDS)
-    assert bool(found) == bool(fault), found or f"SURVIVED: {fault!r}"
+    judge(fault, found)
 
 
 NORM_FAULTS = ("eps dropped", "eps 1e-6", "unbiased variance", "the other norm", "rstd rounded to bf16",
@@ -187,10 +174,13 @@ def test_norm(fault):
         return norm_with(fault, v, weight.to(v), bias.to(v), eps, per_position).to(x.dtype)
 
     found = caught_by(lambda case: check_norm(run, case, fault), NORMS)
-    assert bool(found) == bool(fault), found or f"SURVIVED: {fault!r}"
+    judge(fault, found)
 
 
-@pytest.mark.parametrize("fault", ["", *NORM_FAULTS, "fc bias dropped", "maximum pooled", "norm after the pooling"])
+HEAD_FAULTS = (*NORM_FAULTS, "fc bias dropped", "maximum pooled", "norm after the pooling")
+
+
+@pytest.mark.parametrize("fault", ["", *HEAD_FAULTS])
 def test_head(fault):
     def run(x, p, per_position, dtype=None):
         normed = norm_with(fault, x, p[0], p[1], 1e-5, per_position)
@@ -203,10 +193,13 @@ def test_head(fault):
     # left to `test_norm`: a plain float32 mean is not the reference there.
     cases = [case for case in POOLED if case.values != "mean1000" or fault == "E[x^2] - E[x]^2"]
     found = caught_by(lambda case: check_head(run, case, 40, fault), cases)
-    assert bool(found) == bool(fault), found or f"SURVIVED: {fault!r}"
+    judge(fault, found)
 
 
-@pytest.mark.parametrize("fault", ["", "E[x^2] - E[x]^2", "unbiased", "sum for mean", "one channel"])
+MOMENTS_FAULTS = ("E[x^2] - E[x]^2", "unbiased", "sum for mean", "one channel")
+
+
+@pytest.mark.parametrize("fault", ["", *MOMENTS_FAULTS])
 def test_moments(fault):
     x = draws(0, torch.float32)(2, 8, 17, 20, mean=1000.0)
     mean = x.mean((2, 3))
@@ -220,7 +213,19 @@ def test_moments(fault):
     if fault == "one channel":
         mean = mean[:, :1].expand(-1, 8)
     found = caught_by(lambda _: check_moments(torch.stack((mean, centred), 1), x, fault), [0])
-    assert bool(found) == bool(fault), found or f"SURVIVED: {fault!r}"
+    judge(fault, found)
+
+
+FAULTS = {
+    "moments": MOMENTS_FAULTS, "embed": EMBED_FAULTS, "block": BLOCK_FAULTS, "block_": BLOCK_FAULTS,
+    "norm": NORM_FAULTS, "head": HEAD_FAULTS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ops.ALL)
+def test_every_op_has_faults(op):
+    """A new op fails here until this file puts faults into it. ``block_`` goes through the check of ``block``."""
+    assert FAULTS.get(op), f"no fault of op {op!r} is tested"
 
 
 # -------------------------------------------------------------------------------------------------- the whole model

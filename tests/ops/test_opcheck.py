@@ -5,26 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support_ops import (
-    DTYPES,
-    EPS,
-    OPS,
-    PARAMETERS,
-    Block,
-    block_parameters,
-    draws,
-    eager_block,
-    eager_norm,
-    lay_out,
-    need_native,
-    one_thread,  # noqa: F401
-    per_dtype,
-    per_norm,
-    tokens,
-)
-from test_embed import Embed, embed_parameters
+from support_block import PARAMETERS, Block, block_parameters, eager_block
+from support_cases import DTYPES, EPS, draws, lay_out, per_dtype, per_norm, tokens
+from support_compare import outputs
+from support_cpu import bindings
+from support_embed import Embed, embed_parameters
+from support_norm import eager_norm
 
-need_native()
+from riformer_kernels import ops
+
+OPS = bindings()
 KINDS = ("contiguous", "channels_last", "empty", "requires_grad")
 per_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -73,7 +63,7 @@ def arguments_of(op, kind, dtype=torch.float32, norm="gn", form="training"):
 
 @per_kind
 @per_norm
-@pytest.mark.parametrize("op", ["moments", "embed", "block", "norm", "head"])
+@pytest.mark.parametrize("op", [name for name, op in ops.ALL.items() if not op.in_place])
 def test_opcheck(op, kind, norm):
     torch.library.opcheck(getattr(OPS, op).default, arguments_of(op, kind, norm=norm), atol=1e-4, rtol=1e-4)
 
@@ -88,9 +78,13 @@ def test_opcheck_in_place(kind, norm):
 def test_in_place_never_loses_a_gradient_in_silence():
     arguments = arguments_of("block_", "requires_grad")
     x = arguments[0].detach().clone().requires_grad_() * 1
-    with pytest.raises((RuntimeError, NotImplementedError)):
+
+    def written_and_differentiated():
         OPS.block_(x, *arguments[1:])
         x.sum().backward()
+
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        written_and_differentiated()
 
 
 @pytest.mark.parametrize("form", ["deployed", "unit"])
@@ -101,15 +95,14 @@ def test_opcheck_of_the_other_forms(form):
 @per_dtype
 @per_norm
 @per_kind
-@pytest.mark.parametrize("op", ["moments", "embed", "block", "norm", "head"])
+@pytest.mark.parametrize("op", [name for name, op in ops.ALL.items() if not op.in_place])
 def test_fakes_tell_shape_dtype_and_strides(op, kind, norm, dtype):
     arguments = arguments_of(op, kind, dtype, norm)
     with torch._subclasses.FakeTensorMode() as mode:
         fake = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
         told = getattr(OPS, op).default(*fake)
     found = getattr(OPS, op).default(*arguments)
-    pair = lambda value: value if isinstance(value, tuple) else (value,)  # noqa: E731
-    for mine, theirs in zip(pair(found), pair(told), strict=True):
+    for mine, theirs in zip(outputs(found), outputs(told), strict=True):
         assert (mine.shape, mine.dtype, mine.stride()) == (theirs.shape, theirs.dtype, theirs.stride())
 
 
@@ -156,43 +149,57 @@ def test_gradients_of_block(norm, form, dtype):
     )
 
 
+def check_gradients(native, plain, leaves, weights, names):
+    """The gradients of ``native`` against those of ``plain`` in float32, and in float64 for golden."""
+    golden = gradients(plain, [leaf.double() for leaf in leaves], weights)
+    ours, eager = gradients(native, leaves, weights), gradients(plain, leaves, weights)
+    compare_gradients(ours, eager, golden, names, torch.float32)
+
+
 @per_norm
 def test_gradients_of_norm_and_head(norm):
     draw = draws(0, torch.float32)
     leaves = [draw(3, 16, 9, 7), draw(16, mean=1.0), draw(16)]
     flag = norm == "ln"
-    moments = lambda x: None if flag else OPS.moments(x)  # noqa: E731
-    native = lambda x, w, b: OPS.norm(x, moments(x), w, b, EPS, flag, torch.float32)  # noqa: E731
-    plain = lambda x, w, b: eager_norm(x, w, b, EPS, flag)  # noqa: E731
+
+    def moments(x):
+        return None if flag else OPS.moments(x)
+
+    def native_norm(x, weight, bias):
+        return OPS.norm(x, moments(x), weight, bias, EPS, flag, torch.float32)
+
+    def plain_norm(x, weight, bias):
+        return eager_norm(x, weight, bias, EPS, flag)
+
     weights = draws(7, torch.float64)(3, 16, 9, 7)
-    golden = gradients(plain, [leaf.double() for leaf in leaves], weights)
-    ours, eager = gradients(native, leaves, weights), gradients(plain, leaves, weights)
-    compare_gradients(ours, eager, golden, ["x", "weight", "bias"], torch.float32)
+    check_gradients(native_norm, plain_norm, leaves, weights, ["x", "weight", "bias"])
+
+    def native_head(x, weight, bias, fc_weight, fc_bias):
+        return OPS.head(x, moments(x), weight, bias, EPS, fc_weight, fc_bias, flag, torch.float32)
+
+    def plain_head(x, weight, bias, fc_weight, fc_bias):
+        return F.linear(plain_norm(x, weight, bias).mean((2, 3)), fc_weight, fc_bias)
 
     leaves += [draw(10, 16), draw(10)]
-    native = lambda x, w, b, f, g: OPS.head(x, moments(x), w, b, EPS, f, g, flag, torch.float32)  # noqa: E731
-    plain = lambda x, w, b, f, g: F.linear(eager_norm(x, w, b, EPS, flag).mean((2, 3)), f, g)  # noqa: E731
     weights = draws(7, torch.float64)(3, 10)
-    golden = gradients(plain, [leaf.double() for leaf in leaves], weights)
-    ours, eager = gradients(native, leaves, weights), gradients(plain, leaves, weights)
-    compare_gradients(ours, eager, golden, ["x", "weight", "bias", "fc_weight", "fc_bias"], torch.float32)
+    check_gradients(native_head, plain_head, leaves, weights, ["x", "weight", "bias", "fc_weight", "fc_bias"])
 
 
 def test_gradients_of_embed_and_moments():
     draw = draws(0, torch.float32)
     leaves = [draw(2, 3, 17, 20), draw(8, 3, 7, 7), draw(8)]
-    native = lambda x, w, b: OPS.embed(x, w, b, 4, 2, torch.float32, True)[0]  # noqa: E731
-    plain = lambda x, w, b: F.conv2d(x, w, b, 4, 2)  # noqa: E731
-    weights = draws(7, torch.float64)(2, 8, 4, 5)
-    golden = gradients(plain, [leaf.double() for leaf in leaves], weights)
-    ours, eager = gradients(native, leaves, weights), gradients(plain, leaves, weights)
-    compare_gradients(ours, eager, golden, ["x", "weight", "bias"], torch.float32)
 
-    def moments(x):
+    def native_embed(x, weight, bias):
+        return OPS.embed(x, weight, bias, 4, 2, torch.float32, True)[0]
+
+    def plain_embed(x, weight, bias):
+        return F.conv2d(x, weight, bias, 4, 2)
+
+    check_gradients(native_embed, plain_embed, leaves, draws(7, torch.float64)(2, 8, 4, 5), ["x", "weight", "bias"])
+
+    def plain_moments(x):
         values = x.flatten(2)
         return torch.stack((values.mean(2), values.var(2, unbiased=False) * values.shape[2]), 1)
 
     leaves, weights = [draw(2, 8, 17, 20)], draws(7, torch.float64)(2, 2, 8)
-    golden = gradients(moments, [leaves[0].double()], weights)
-    ours, eager = gradients(OPS.moments, leaves, weights), gradients(moments, leaves, weights)
-    compare_gradients(ours, eager, golden, ["x"], torch.float32)
+    check_gradients(OPS.moments, plain_moments, leaves, weights, ["x"])

@@ -7,27 +7,13 @@ import os
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from support_ops import (
-    DTYPES,
-    ISAS,
-    LAYOUTS,
-    OPS,
-    PARAMETERS,
-    Block,
-    block_parameters,
-    check_block,
-    check_moments,
-    draws,
-    lay_out,
-    native_block,
-    one_thread,  # noqa: F401
-    selected,
-    threads,
-    tokens,
-)
-from test_embed import Embed, check_embed, embed_parameters, native_embed
-from test_head import check_head, native_head
-from test_norm import check_norm, native_norm
+from support_block import PARAMETERS, Block, block_parameters, check_block
+from support_cases import DTYPES, LAYOUTS, draws, lay_out, tokens
+from support_cpu import CPU, ISAS, OPS, selected, threads
+from support_embed import Embed, check_embed, embed_parameters
+from support_head import check_head
+from support_moments import check_moments
+from support_norm import check_norm
 
 LIMIT = 8_000_000  # multiply-adds of one call: a plain C++ product does a thousand million of them in a second
 PROFILE = settings(
@@ -57,7 +43,7 @@ blocks = st.builds(
 def test_block(isa, case):
     assume(case.work <= LIMIT)
     with selected(isa):
-        check_block(native_block, case, isa)
+        check_block(CPU.block, case, isa)
 
 
 kernels = st.sampled_from(
@@ -81,7 +67,7 @@ def test_embed(isa, case):
         # test_embed.py has the model's.
         case = Embed(**{**vars(case), "layout": "nchw", "weight_layout": "nchw"})
     with selected(isa):
-        check_embed(native_embed, case, isa)
+        check_embed(CPU.embed, case, isa)
 
 
 @given(
@@ -100,7 +86,7 @@ def test_norm_and_moments(isa, channels, size, dtype, norm, layout, batch, seed)
     assume((channels if norm == "ln" else channels * size[0] * size[1]) >= 8)
     case = Block(channels, size, dtype, norm, layout=layout, batch=batch, seed=seed)
     with selected(isa):
-        check_norm(native_norm, case, isa)
+        check_norm(CPU.norm, case, isa)
         x = tokens(case, seed, channels)
         check_moments(OPS.moments(x), x, f"{isa} {case}")
 
@@ -110,7 +96,7 @@ def test_norm_and_moments(isa, channels, size, dtype, norm, layout, batch, seed)
 @PROFILE
 def test_head(isa, channels, size, dtype, norm, classes, batch, seed):
     with selected(isa):
-        check_head(native_head, Block(channels, size, dtype, norm, batch=batch, seed=seed), classes, isa)
+        check_head(CPU.head, Block(channels, size, dtype, norm, batch=batch, seed=seed), classes, isa)
 
 
 @given(isa=isas, case=blocks, count=st.integers(1, 4), data=st.data())
@@ -120,11 +106,11 @@ def test_bits_do_not_depend_on_company_layout_or_threads(isa, case, count, data)
     case = Block(**{**vars(case), "layout": "nchw"})
     x, parameters = tokens(case, case.seed, case.channels), block_parameters(case, case.seed)
     with selected(isa):
-        out, moments = native_block(x, parameters)
+        out, moments = CPU.block(x, parameters)
         image = data.draw(st.integers(0, case.batch - 1), label="image")
         layout = data.draw(st.sampled_from([name for name in LAYOUTS if name != "expanded"]), label="layout")
         with threads(count):
-            alone, alone_moments = native_block(lay_out(x[image : image + 1], layout), parameters)
+            alone, alone_moments = CPU.block(lay_out(x[image : image + 1], layout), parameters)
             assert torch.equal(alone[0], out[image]) and torch.equal(alone_moments[0], moments[image])
             own = lay_out(x, layout).clone()
             held = None if case.norm == "ln" else OPS.moments(x)
@@ -138,11 +124,11 @@ def test_bits_of_embed_do_not_depend_on_company_or_threads(isa, case, count, dat
     assume(case.work <= LIMIT // 4)
     x, parameters = tokens(case, case.seed, case.in_channels), embed_parameters(case, case.seed)
     with selected(isa):
-        out, moments = native_embed(x, parameters, case.dtype)
+        out, moments = CPU.embed(x, parameters, case.dtype)
         image = data.draw(st.integers(0, case.batch - 1), label="image")
         layout = data.draw(st.sampled_from([name for name in LAYOUTS if name != "expanded"]), label="layout")
         with threads(count):
-            alone, alone_moments = native_embed(lay_out(x[image : image + 1], layout), parameters, case.dtype)
+            alone, alone_moments = CPU.embed(lay_out(x[image : image + 1], layout), parameters, case.dtype)
         assert torch.equal(alone[0], out[image]) and torch.equal(alone_moments[0], moments[image])
         assert torch.equal(OPS.moments(out), moments)
 
@@ -154,6 +140,6 @@ def test_finite_in_finite_out(isa, dtype, norm, size, scale, seed):
     case = Block(16, size, dtype, norm, hidden=24)
     x = (draws(seed, torch.float32)(2, 16, *size) * 10.0**scale).clamp(-6e4, 6e4).to(dtype)
     with selected(isa):
-        out, moments = native_block(x, block_parameters(case, seed))
+        out, moments = CPU.block(x, block_parameters(case, seed))
     assert moments.isfinite().all() or norm == "ln"
     assert out.isfinite().all() or (dtype == torch.float16 and x.abs().max() > 1e4)

@@ -14,7 +14,7 @@ import pytest
 import riformer
 import torch
 from riformer import CheckpointError, RIFormer, load_checkpoint, load_into, randomize_, save_checkpoint
-from support_riformer import nested, one_thread, same, snapshot  # noqa: F401
+from support_riformer import nested, same, snapshot
 
 TINY = {"layers": [1, 2], "embed_dims": [8, 16], "mlp_ratios": [4, 2.5]}
 

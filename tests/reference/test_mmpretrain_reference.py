@@ -8,7 +8,7 @@ import pytest
 import riformer
 import torch
 from support_mmpretrain import import_mmpretrain
-from support_riformer import one_thread, relative  # noqa: F401
+from support_riformer import relative
 
 TINY = {"layers": [1, 2, 1, 1], "embed_dims": [8, 16, 24, 40], "mlp_ratios": [4, 3, 2, 4]}
 ARCHS = {"s12": "s12", "tiny": TINY}

@@ -10,7 +10,7 @@ import riformer
 import torch
 import torch.nn.functional as F
 from riformer import RIFormer, randomize_
-from support_riformer import one_thread, relative  # noqa: F401
+from support_riformer import relative
 from torch.utils.flop_counter import FlopCounterMode
 
 TINY = {"layers": [1, 2, 1, 1], "embed_dims": [8, 16, 24, 40], "mlp_ratios": [4, 3, 2.5, 4]}

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from riformer import RIFormer, randomize_
-from support_riformer import one_thread, relative  # noqa: F401
+from support_riformer import relative
 
 TINY = {"layers": [1, 2, 1, 1], "embed_dims": [8, 16, 24, 40], "mlp_ratios": [4, 3, 2.5, 4]}
 

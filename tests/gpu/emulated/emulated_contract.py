@@ -1,26 +1,22 @@
-"""The bindings of the CUDA kernels: the tests of bad arguments, of fakes, of opcheck and of gradients that the CPU's
-native ops have to pass, on the emulated ones."""
+"""What the bindings of the CUDA kernels do besides what `test_errors.py` and `test_opcheck.py` ask of all bindings."""
 
 from __future__ import annotations
 
 import pytest
-import support_emulated
 import torch
+from support_block import PARAMETERS, Block, block_parameters
+from support_cases import tokens
+from support_cpu import bindings
+from support_emulated import OPS
 
-support_emulated.use_for_the_op_tests()
-
-from support_ops import OPS, PARAMETERS, Block, block_parameters, tokens  # noqa: E402
-from test_errors import *  # noqa: E402, F403
-from test_opcheck import *  # noqa: E402, F403
-
-del test_embed_with_nothing_to_sum  # noqa: F821  (it starts processes with the native library)
+from riformer_kernels import ops
 
 
 def test_these_are_the_emulated_ops():
-    assert OPS is support_emulated.OPS and OPS.block.default._schema.name == "riformer_emulated::block"
+    assert bindings() is OPS and OPS.block.default._schema.name == "riformer_emulated::block"
 
 
-@pytest.mark.parametrize("op", ["moments", "norm", "head", "embed"])
+@pytest.mark.parametrize("op", [name for name in ops.ALL if name not in ("block", "block_")])  # see test_errors.py
 def test_widths_that_rows_of_16_bytes_do_not_allow(op):
     x, ones = torch.ones(2, 12, 3, 3), torch.ones(12)
     arguments = {
@@ -36,7 +32,9 @@ def test_widths_that_rows_of_16_bytes_do_not_allow(op):
 def test_an_in_place_call_that_needs_a_gradient_names_the_way_out():
     case = Block(16, (3, 3), hidden=24)
     x, parameters = tokens(case, 0, 16).requires_grad_(), block_parameters(case, 0)
-    with pytest.raises(RuntimeError, match="riformer_emulated::block_ has no gradient.*call riformer_emulated::block,"):
+    with pytest.raises(
+        RuntimeError, match=r"riformer_emulated::block_ has no gradient.*call riformer_emulated::block,"
+    ):
         OPS.block_(x, OPS.moments(x.detach()), *(parameters[name] for name in PARAMETERS))
 
 

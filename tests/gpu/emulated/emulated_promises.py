@@ -1,34 +1,22 @@
-"""What the CUDA kernels promise besides their numbers, on the emulator: bits, isolation of images, guards, and a model."""
+"""What the CUDA kernels promise besides what every target does: an order that changes no bit, forms of a block that
+agree, and whole models. On the emulator."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import replace
 
 import pytest
-import support_emulated
 import torch
 from riformer.model import RIFormer
 from riformer.randomize import randomize_
-from support_emulated import (  # noqa: F401
-    ARCHITECTURES,
-    DTYPES,
-    NAME,
-    OPS,
-    architecture_fixture,
-    choice,
-    emulated,
-    run_block,
-    run_block_,
-    run_embed,
-    run_head,
-    run_norm,
-    seed,
-    surrounded,
-)
-from support_ops import EPS, PARAMETERS, Block, block_parameters, check_ratios, one_thread, per_norm, tokens  # noqa: F401
-from test_embed import DOWNSAMPLE, STEM, Embed, embed_parameters
-from test_head import parameters_of
+from support_block import PARAMETERS, Block, block_parameters
+from support_cases import DTYPES, check_ratios, tokens
+from support_compare import same
+from support_embed import DOWNSAMPLE, STEM, Embed, embed_parameters
+from support_emulated import ARCHITECTURES, BACKEND, NAME, OPS, choice, emulated, seed
+from support_emulated import EMULATED as TARGET
 
 import riformer_kernels
 from riformer_kernels import Engine, VerificationError, backends, verification
@@ -58,65 +46,25 @@ def arguments_of(case: Block):
     return tokens(case, 0, case.channels), block_parameters(case, 0)
 
 
-def same(found, expected) -> bool:
-    return all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
-
-
 # -------------------------------------------------------------------------------------------------------------- bits
 
 
 @per_case
 def test_the_order_of_warps_and_copies_changes_no_bit(architecture, case):
     x, parameters = arguments_of(case)
-    expected = run_block(x, parameters)
+    expected = TARGET.block(x, parameters)
     for value in range(1, 5):
         seed(value)
-        assert same(run_block(x, parameters), expected), f"seed {value}"
+        assert same(TARGET.block(x, parameters), expected), f"seed {value}"
 
 
 @per_embed
-def test_nor_does_it_in_an_embedding(case):
+def test_the_order_of_warps_and_copies_changes_no_bit_of_an_embedding(case):
     x, parameters = tokens(case, 0, case.in_channels), embed_parameters(case, 0)
-    expected = run_embed(x, parameters, case.dtype)
+    expected = TARGET.embed(x, parameters, case.dtype)
     for value in range(1, 4):
         seed(value)
-        assert same(run_embed(x, parameters, case.dtype), expected), f"seed {value}"
-
-
-@per_case
-def test_an_image_gives_the_same_bits_alone_and_in_a_batch(architecture, case):
-    x, parameters = arguments_of(case)
-    out, found = run_block(x, parameters)
-    for index in range(x.shape[0]):
-        alone = run_block(x[index : index + 1], parameters)
-        assert same(alone, (out[index : index + 1], found[index : index + 1])), index
-
-
-@per_embed
-def test_so_does_one_that_is_embedded(case):
-    x, parameters = tokens(case, 0, case.in_channels), embed_parameters(case, 0)
-    out, found = run_embed(x, parameters, case.dtype)
-    for index in range(x.shape[0]):
-        alone = run_embed(x[index : index + 1], parameters, case.dtype)
-        assert same(alone, (out[index : index + 1], found[index : index + 1])), index
-
-
-@per_norm
-def test_so_does_one_that_is_normed_and_classified(norm):
-    flag = norm == "ln"
-    case = Block(24, (13, 5), BRAIN, norm)
-    x, weights = tokens(case, 0, 24), parameters_of(24, 33, BRAIN, 0)
-    normed, scores = run_norm(x, *weights[:2], EPS, flag), run_head(x, weights, flag)
-    for index in range(3):
-        one = x[index : index + 1]
-        assert torch.equal(run_norm(one, *weights[:2], EPS, flag)[0], normed[index])
-        assert torch.equal(run_head(one, weights, flag)[0], scores[index])
-
-
-@per_case
-def test_in_place_gives_the_bits_of_out_of_place(architecture, case):
-    x, parameters = arguments_of(case)
-    assert same(run_block_(x, parameters), run_block(x, parameters))
+        assert same(TARGET.embed(x, parameters, case.dtype), expected), f"seed {value}"
 
 
 @pytest.mark.parametrize("layout", ["nchw", "sliced", "offset"])
@@ -124,7 +72,7 @@ def test_in_place_where_the_kernels_cannot_write(layout):
     """They work on a copy, which is copied back, moments too."""
     case = Block(16, (5, 7), hidden=40, layout=layout)
     x, parameters = arguments_of(case)
-    expected = run_block(x, parameters)
+    expected = TARGET.block(x, parameters)
     statistics = torch.empty(3, 4, 16)[:, ::2]
     statistics.copy_(OPS.moments(x))
     OPS.block_(x, statistics, *(parameters[name] for name in PARAMETERS))
@@ -136,10 +84,10 @@ def test_each_form_of_a_block_gives_the_same_bits(architecture, case):
     """How many multiprocessors there are, and how many rows for them, decides between one kernel and two, in tiles for
     many rows or for few. A GPU with one has always many rows, one with 1000 has always few."""
     x, parameters = arguments_of(case)
-    expected = run_block(x, parameters)
+    expected = TARGET.block(x, parameters)
     for processors in (1, 1000):
         with emulated(architecture, processors):
-            assert same(run_block(x, parameters), expected), processors
+            assert same(TARGET.block(x, parameters), expected), processors
 
 
 def test_the_cases_take_every_form():
@@ -158,66 +106,6 @@ def test_every_block_of_the_models_has_kernels(architecture, dtype):
                 assert found and "riformer" not in found, found
 
 
-# ------------------------------------------------------------------------------------------------- isolation, guards
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@per_case
-def test_a_bad_image_poisons_itself_alone(architecture, case, value):
-    x, parameters = arguments_of(case)
-    expected, _ = run_block(x, parameters)
-    x[1, -1, -1, -1] = value
-    out, _ = run_block(x, parameters)
-    assert torch.equal(out[::2], expected[::2])
-    bad = out[1].isnan()
-    assert bad[:, -1, -1].all() if case.norm == "ln" else bad.all()
-
-
-@per_norm
-def test_a_bad_image_poisons_its_own_scores_alone(norm):
-    flag = norm == "ln"
-    x, weights = tokens(Block(16), 0, 16), parameters_of(16, 10, torch.float32, 0)
-    expected = run_head(x, weights, flag)
-    x[1, 0, 0, 0] = float("nan")
-    scores = run_head(x, weights, flag)
-    assert torch.equal(scores[::2], expected[::2]) and scores[1].isnan().all()
-
-
-@per_case
-def test_nothing_beside_the_arguments_is_used(architecture, case):
-    """Arguments between NaN. Results and workspaces lie between guards of the bindings in every test."""
-    x, parameters = arguments_of(case)
-    around = {key: surrounded(value) for key, value in parameters.items()}
-    assert same(run_block(surrounded(x), around), run_block(x, parameters))
-
-
-@per_embed
-def test_nothing_beside_an_embedding_is_used(case):
-    x, parameters = tokens(case, 0, case.in_channels), embed_parameters(case, 0)
-    around = {key: surrounded(value) for key, value in parameters.items()}
-    assert same(run_embed(surrounded(x), around, case.dtype), run_embed(x, parameters, case.dtype))
-
-
-@per_norm
-def test_nothing_beside_norm_and_head_is_used(norm):
-    flag = norm == "ln"
-    x, weights = tokens(Block(24, (13, 5), BRAIN, norm), 0, 24), parameters_of(24, 33, BRAIN, 0)
-    around = [surrounded(weight) for weight in weights]
-    assert torch.equal(run_norm(surrounded(x), *around[:2], EPS, flag), run_norm(x, *weights[:2], EPS, flag))
-    assert torch.equal(run_head(surrounded(x), around, flag), run_head(x, weights, flag))
-
-
-@per_norm
-def test_empty_batch(norm):
-    out, found = run_block(torch.empty(0, 16, 9, 7), block_parameters(Block(16, norm=norm, batch=0), 0))
-    assert out.shape == (0, 16, 9, 7) and found.shape == (0, 2, 0 if norm == "ln" else 16)
-    out, found = run_embed(torch.empty(0, 3, 17, 20), embed_parameters(Embed(batch=0), 0), torch.float32)
-    assert out.shape == (0, 16, 9, 10) and found.shape == (0, 2, 16)
-    weights = parameters_of(16, 10, torch.float32, 0)
-    assert run_head(torch.empty(0, 16, 2, 2), weights, norm == "ln").shape == (0, 10)
-    assert run_norm(torch.empty(0, 16, 2, 2), *weights[:2], EPS, norm == "ln").shape == (0, 16, 2, 2)
-
-
 # ------------------------------------------------------------------------------------------------------------- models
 
 TINY = {"layers": [1, 1, 2, 1], "embed_dims": [16, 24, 40, 200]}
@@ -225,7 +113,7 @@ TINY = {"layers": [1, 1, 2, 1], "embed_dims": [16, 24, 40, 200]}
 
 @pytest.fixture
 def backend(monkeypatch):
-    monkeypatch.setitem(backends.ALL, NAME, support_emulated.BACKEND)
+    monkeypatch.setitem(backends.ALL, NAME, BACKEND)
 
 
 def tiny(dtype: torch.dtype = torch.float32, **options: object) -> RIFormer:
@@ -256,11 +144,10 @@ def test_model(backend, architecture, dtype, norm, deploy, layout, size):
 def test_patch_verifies_and_sees_a_broken_kernel(backend, monkeypatch):
     handle = riformer_kernels.patch(tiny(num_classes=300), backend=NAME, image_size=32)
     assert all(row.reason is None for row in handle.report) and handle.verification[""].passed
-    block = support_emulated.BACKEND.block
-    broken = replace(
-        support_emulated.BACKEND,
-        block=lambda *arguments: block(*arguments[:10], 0.1, *arguments[11:]),  # eps2
-    )
+    block = BACKEND.ops["block"]
+    broken = dataclasses.replace(
+        BACKEND, ops=BACKEND.ops | {"block": lambda *arguments: block(*arguments[:10], 0.1, *arguments[11:])}
+    )  # eps2
     monkeypatch.setitem(backends.ALL, NAME, broken)
     monkeypatch.setattr(verification, "MORE_BATCHES", 0)
     with pytest.raises(VerificationError):
@@ -305,4 +192,4 @@ def test_the_unit_by_itself(backend, architecture):
     found = riformer_kernels.norm_mlp(
         x, *(p[name] for name in names), layer_scale=p["layer_scale_2"], backend=NAME, return_moments=True
     )
-    assert same(found, run_block(x, p))
+    assert same(found, TARGET.block(x, p))

@@ -12,11 +12,11 @@ import pytest
 import torch
 from riformer.model import RIFormer
 from riformer.randomize import randomize_
+from support_cases import check_ratios
 from support_interpreted import Guarded
-from support_ops import check_ratios, one_thread  # noqa: F401
 
 import riformer_kernels
-from riformer_kernels import Engine, VerificationError, backends, verification
+from riformer_kernels import Engine, VerificationError, backends, ops, verification
 from riformer_kernels.backends import triton as backend
 from riformer_kernels.backends.triton import block, block_maps, choice, moments
 
@@ -28,7 +28,7 @@ FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     """The Triton backend with the launchers in place of the dispatcher's ops, for CPU tensors."""
-    launchers = {name: backend.launcher(name) for name in backend.OPS}
+    launchers = {name: backend.launcher(name) for name in ops.ALL}
     made = dataclasses.replace(
         backend.BACKEND, name=NAME, automatic=False, devices=("cpu",), unusable=lambda: None, refuses=None,
         detail=lambda: "interpreter", ops=launchers,

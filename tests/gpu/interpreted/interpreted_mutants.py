@@ -1,5 +1,8 @@
-"""The interpreted tests must be able to fail: each fault here is put into the kernels or their launches, and the checks
-that the real tests use, on the cases that they use, have to object."""
+"""The tests in the interpreter must be able to fail.
+
+Each fault here is put into Triton's kernels or their launches. The checks that the conformance suite uses have to
+object, on cases that it uses.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from support_interpreted import Guarded, force, run_block, run_embed, run_head, run_norm  # noqa: F401
-from support_ops import SEMANTICS, Block, block_parameters, check_block, check_moments, draws, one_thread, tokens  # noqa: F401
-from test_embed import DOWNSAMPLE, STEM, Embed, check_embed
-from test_head import check_head
-from test_mutants import caught_by
-from test_norm import check_norm
+from support_block import Block, block_parameters, check_block
+from support_cases import draws, tokens
+from support_embed import DOWNSAMPLE, STEM, Embed, check_embed
+from support_faults import FEW_SEMANTICS, caught_by, first_caught, judge
+from support_head import check_head
+from support_interpreted import INTERPRETED, Guarded
+from support_moments import check_moments
+from support_norm import check_norm
 
 from riformer_kernels.backends.triton import _math, block, block_maps, choice, embed, head, moments, norm
 
@@ -92,6 +97,10 @@ def none(value):
     return None
 
 
+def rounded_to_tf32(value):
+    return (value.view(torch.int32) & -8192).view(value.dtype)
+
+
 def without_last(value):
     value = value.clone()
     value[-1] = 0
@@ -125,7 +134,7 @@ BLOCK_FAULTS = {
     "moments of other counts": argument("_merge_kernel", "ROWS", lambda rows: rows - 1),
     "statistics of the first image": argument("_prepare_kernel", "moments", lambda m: m[:1].expand_as(m).contiguous()),
     "maps of the first image": argument("_fused_kernel", "maps", lambda m: m[:1].expand_as(m).contiguous()),
-    "hidden rounded to tf32": argument("_fused_kernel", "fc1_weight", lambda w: (w.view(torch.int32) & -8192).view(w.dtype)),
+    "weights rounded to tf32": argument("_fused_kernel", "fc1_weight", rounded_to_tf32),
 }  # fmt: skip
 WIDE_FAULTS = {
     "fc1 bias dropped": argument("_expand_kernel", "fc1_bias", none),
@@ -135,32 +144,22 @@ WIDE_FAULTS = {
     "residual left out": argument("_project_kernel", "RESIDUAL", lambda residual: False),
 }
 WIDE = [Block(24, (13, 5), residual=residual, seed=3) for residual in (True, False)]
-# Statistics that 1000s hide, and every other path; the rest of SEMANTICS repeats these.
-CASES = [case for case in SEMANTICS if case.form != "deployed" or case.values == "small" or case.size == (1, 1)]
 
 
 def test_no_fault_passes():
-    assert not caught_by(partial(check_block, run_block), CASES)
-
-
-def first_caught(check, cases):
-    """As `caught_by`, but done with the first case that objects: a fault needs no second one."""
-    for case in cases:
-        if found := caught_by(check, [case]):
-            return found
-    return {}
+    assert not caught_by(partial(check_block, INTERPRETED.block), FEW_SEMANTICS)
 
 
 # A tile that is not written is NaN rather than what happened to be there.
 def guarded_block(x, parameters):
     with Guarded():
-        return run_block(x, parameters)
+        return INTERPRETED.block(x, parameters)
 
 
 @pytest.mark.parametrize("fault", BLOCK_FAULTS)
 def test_block(monkeypatch, fault):
     BLOCK_FAULTS[fault](monkeypatch)
-    assert first_caught(partial(check_block, guarded_block), CASES), f"SURVIVED: {fault!r}"
+    judge(fault, first_caught(partial(check_block, guarded_block), FEW_SEMANTICS))
 
 
 @pytest.mark.parametrize("fault", ["", *WIDE_FAULTS])
@@ -169,7 +168,7 @@ def test_wide_block(monkeypatch, force, fault):
     if fault:
         WIDE_FAULTS[fault](monkeypatch)
     found = first_caught(partial(check_block, guarded_block), WIDE)
-    assert bool(found) == bool(fault), found or f"SURVIVED: {fault!r}"
+    judge(fault, found)
 
 
 EMBED_FAULTS = {
@@ -192,10 +191,10 @@ def test_embed(monkeypatch, fault):
 
     def run(x, parameters, dtype):
         with Guarded():
-            return run_embed(x, parameters, dtype)
+            return INTERPRETED.embed(x, parameters, dtype)
 
     found = caught_by(partial(check_embed, run), EMBEDS)
-    assert bool(found) == bool(fault), found or f"SURVIVED: {fault!r}"
+    judge(fault, found)
 
 
 NORM_FAULTS = {
@@ -213,8 +212,8 @@ def test_norm(monkeypatch, fault):
     if fault:
         NORM_FAULTS[fault](monkeypatch)
     cases = [Block(values=values) for values in ("normal", "small", "mean1000")]
-    found = first_caught(lambda case: check_norm(run_norm, case, fault), cases)
-    assert bool(found) == bool(fault), found or f"SURVIVED: {fault!r}"
+    found = first_caught(lambda case: check_norm(INTERPRETED.norm, case, fault), cases)
+    judge(fault, found)
 
 
 HEAD_FAULTS = {
@@ -233,11 +232,11 @@ def test_head(monkeypatch, fault):
 
     def run(*arguments):
         with Guarded():
-            return run_head(*arguments)
+            return INTERPRETED.head(*arguments)
 
     cases = [Block(values=values, batch=12) for values in ("normal", "small")]
     found = first_caught(lambda case: check_head(run, case, 500, fault), cases)
-    assert bool(found) == bool(fault), found or f"SURVIVED: {fault!r}"
+    judge(fault, found)
 
 
 def test_moments_of_a_large_mean(monkeypatch):
@@ -251,6 +250,6 @@ def test_guard_regions_see_a_row_too_many(monkeypatch):
     argument("_fused_kernel", "positions", lambda count: count + 1)(monkeypatch)
     case = Block(16, (9, 7), layout="channels_last", batch=1)
     with Guarded() as mode:
-        run_block(tokens(case, 0, 16), block_parameters(case, 0))
+        INTERPRETED.block(tokens(case, 0, 16), block_parameters(case, 0))
     with pytest.raises(AssertionError, match="written outside"):
         mode.check()
