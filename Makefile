@@ -42,7 +42,7 @@ sanitize: $(VENV)/.test
 # of torch (TORCH=...) and the CUDA toolkit. The small cases only, as kernels run some hundred times slower there; without
 # PyTorch's cache of memory, so that an access beside a tensor is one beside an allocation.
 MEMCHECK := compute-sanitizer --error-exitcode=1 --target-processes=all
-MEMCHECK_TESTS := tests/gpu/test_gpu.py -m "gpu and not slow" -k "cuda and not triton and (block or embed or norm)"
+MEMCHECK_TESTS := tests/conformance/test_conformance.py -m "gpu and not slow" -k "cuda and not triton and (block or embed or norm)"
 memcheck: $(VENV)/.test
 	@$(BIN)/python -c "import sys; from riformer_kernels.backends import cuda; reason = cuda.unusable(); \
 	  sys.exit(f'memcheck: no GPU to check the CUDA kernels on: {reason}' if reason else 0)"

@@ -24,7 +24,7 @@ build() {
 }
 
 check() {
-  timeout "${CHECKED:-300}" "$python" -m pytest tests/gpu/test_gpu.py -m gpu -q -p no:cacheprovider
+  timeout "${CHECKED:-300}" "$python" -m pytest tests/gpu/test_gpu.py tests/conformance -m gpu -q -p no:cacheprovider
 }
 
 measure() {
