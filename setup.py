@@ -31,7 +31,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 TORCH_FLOOR = (2, 10)
-CUDA_FLOOR = (12, 0)  # the first that knows sm_90a
+CUDA_FLOOR = (12, 5)  # the first with cudaGetDriverEntryPointByVersion, by which tensor maps are made
 ARCHITECTURES = "80;90a"
 WAY_OUT = {
     "CPU": "To install without the CPU kernels, set RIFORMER_CPU=off (backend='reference' still works).",
@@ -115,7 +115,8 @@ def why_no_cuda(wish: str) -> str | None:
         version = re.search(r"release (\d+)\.(\d+)", text)
         if version and tuple(map(int, version.groups())) >= CUDA_FLOOR:
             return None
-        reason = f"{found} is of CUDA {'.'.join(version.groups()) if version else '?'}, expected 12.0 or later"
+        old = ".".join(version.groups()) if version else "?"
+        reason = f"{found} is of CUDA {old}, expected {'.'.join(map(str, CUDA_FLOOR))} or later"
     if wish == "on":
         fail(f"RIFORMER_CUDA=on, and {reason}.", "CUDA")
     return f"{reason}; install the CUDA toolkit and then this package again"

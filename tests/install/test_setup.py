@@ -113,8 +113,8 @@ def test_auto_builds_where_nvcc_and_a_cuda_pytorch_are(script, monkeypatch, tmp_
 def test_an_old_nvcc_is_a_reason(script, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("CUDACXX", str(compiler(tmp_path, "11.8")))
-    assert "is of CUDA 11.8, expected 12.0 or later; install the CUDA toolkit" in script["why_no_cuda"]("auto")
-    with pytest.raises(SystemExit, match=r"is of CUDA 11\.8, expected 12\.0 or later\.\nTo install without"):
+    assert "is of CUDA 11.8, expected 12.5 or later; install the CUDA toolkit" in script["why_no_cuda"]("auto")
+    with pytest.raises(SystemExit, match=r"is of CUDA 11\.8, expected 12\.5 or later\.\nTo install without"):
         script["why_no_cuda"]("on")
 
 
