@@ -133,7 +133,7 @@ HEADS = (
     *(
         Head(Block(channels, size, dtype, norm, batch=12), classes)
         for dtype in DTYPES for norm in NORMS
-        for channels, size, classes in ((64, (7, 7), 100), (320, (3, 3), 500), (320, (3, 3), 1000))
+        for channels, size, classes in ((64, (7, 7), 100), (320, (3, 3), 1000))
     ),
     *(Head(Block(24, (5, 7), torch.bfloat16, norm, batch=12), 64, out) for norm in NORMS for out in DTYPES),
 )  # fmt: skip
