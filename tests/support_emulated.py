@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from support_block import Block
 from support_cases import DTYPES, all_pairs
+from support_head import Head
 from support_native import build
 from support_target import Setting, Target
 
@@ -85,6 +86,8 @@ BLOCKS = all_pairs(
     layout=("nchw", "channels_last", "offset"), batch=(1, 3),
 )  # fmt: skip
 
+HEADS = tuple(Head(Block(320, (3, 3), dtype, norm, batch=12), 500) for dtype in DTYPES for norm in ("gn", "ln"))
+
 # Whether the rows of a block are few or many for a GPU decides which kernels run. They are many where there is one
 # multiprocessor, and few where there are 1000.
 _DEVICES = tuple(
@@ -102,7 +105,7 @@ EMULATED = Target(
     few=_ARCHITECTURES,
     one=_ARCHITECTURES[-1:],
     width=8,
-    grid={"block": BLOCKS},
+    grid={"block": BLOCKS, "head": HEADS},
     embeds_channels_last=True,
 )
 TARGETS = {NAME: EMULATED}

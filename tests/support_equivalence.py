@@ -37,16 +37,28 @@ def golden_of(arch, deploy, dtype, classes, norm, size, batch, seed):
     return outputs(model(images_of(size, batch, dtype, seed).double()))
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode()
+def eager_of(arch, deploy, dtype, classes, norm, size, batch, seed, layout):
+    model, images = laid_out(arch, deploy, dtype, classes, norm, size, batch, seed, layout)
+    return outputs(model(images))
+
+
+def laid_out(arch, deploy, dtype, classes, norm, size, batch, seed, layout):
+    """A model of its own and its images, both in ``layout``."""
+    model = copy.deepcopy(model_of(arch, deploy, dtype, classes, norm, seed)).to(memory_format=FORMATS[layout])
+    return model, images_of(size, batch, dtype, seed).contiguous(memory_format=FORMATS[layout])
+
+
 def check_model(run, arch, deploy, dtype, layout, size, label, classes=0, norm="gn", batch=1, seeds=(0,)):
     """``run(model, images)`` on a model of its own against the untouched one; small results are pooled over seeds."""
     found, eager, golden = [], [], []
     for seed in seeds:
-        model = copy.deepcopy(model_of(arch, deploy, dtype, classes, norm, seed)).to(memory_format=FORMATS[layout])
-        images = images_of(size, batch, dtype, seed).contiguous(memory_format=FORMATS[layout])
+        case = arch, deploy, dtype, classes, norm, size, batch, seed
+        eager.append(eager_of(*case, layout))
+        golden.append(golden_of(*case))
         with torch.inference_mode():
-            eager.append(outputs(model(images)))
-            golden.append(golden_of(arch, deploy, dtype, classes, norm, size, batch, seed))
-            found.append(outputs(run(model, images)))
+            found.append(outputs(run(*laid_out(*case, layout))))
         for mine, theirs in zip(found[-1], eager[-1], strict=True):
             assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
     by_result = (zip(*results, strict=True) for results in (found, eager, golden))
