@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support_bench import BENCH, bench_on_path, module  # noqa: F401  (fixtures)
+from support_bench import BENCH, module
 
 from riformer_kernels.timing import Samples
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from support_bench import TINY, bench_on_path, module, native  # noqa: F401  (fixtures)
+from support_bench import TINY, module
 
 MODEL_KEYS = {
     "kind", "arch", "size", "batch", "dtype", "device", "isa", "threads", "peer", "form", "detail", "reason",

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from support_bench import bench_on_path, module  # noqa: F401  (fixtures)
+from support_bench import module
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support_bench import TINY, bench_on_path, module  # noqa: F401  (fixtures)
+from support_bench import TINY, module
 
 from riformer_kernels.timing import Samples
 

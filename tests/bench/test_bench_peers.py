@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support_bench import TINY, bench_on_path, module, native  # noqa: F401  (fixtures)
+from support_bench import TINY, module
 
 from riformer_kernels import ops
 

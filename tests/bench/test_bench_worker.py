@@ -7,7 +7,7 @@ import platform
 import re
 
 import pytest
-from support_bench import bench_on_path, module, native  # noqa: F401  (fixtures)
+from support_bench import module
 
 from riformer_kernels.errors import BackendError
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support_bench import bench_on_path, module  # noqa: F401  (fixtures)
+from support_bench import module
 
 HEAD = {"kind": "header", "cpu": "A Processor", "commit": "abc", "settings": {"quick": True}, "date": "1", "load": 0.1}
 

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from support_bench import bench_on_path, module  # noqa: F401  (fixtures)
+from support_bench import module
 from support_paths import ROOT
 
 RESULTS = ROOT / "bench" / "results"
