@@ -18,16 +18,6 @@ using riformer::cuda::served;
 
 constexpr int64_t kAlignment = 16;
 
-// The inverse of dtype_of.
-ScalarType scalar_type_of(DType dtype) {
-  switch (dtype) {
-    case DType::f32: return ScalarType::Float;
-    case DType::bf16: return ScalarType::BFloat16;
-    case DType::f16: return ScalarType::Half;
-  }
-  fail_unknown_dtype(dtype);
-}
-
 // A clone keeps dense strides.
 Tensor aligned(const Tensor& tensor) {
   const bool fits = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment == 0;
