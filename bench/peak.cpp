@@ -197,7 +197,7 @@ const Kind kKinds[] = {
 #if defined(__x86_64__)
     {"float32-avx2", 2.0 * 8 * kChains256, fma_avx2, has_avx2},
     {"float32-avx512", 2.0 * 16 * kChains512, fma_avx512, has_avx512},
-    {"bfloat16-avx512", 2.0 * 32 * kChains512, bf16_avx512, has_bf16},
+    {"bfloat16-avx512_bf16", 2.0 * 32 * kChains512, bf16_avx512, has_bf16},
     {"bfloat16-amx", 4 * 2.0 * 16 * 16 * 32, bf16_amx, has_amx_bf16},
     {"int8-avx2", 2.0 * 32 * kChains256, int8_avx2, has_vnni256},
     {"int8-avx512", 2.0 * 64 * kChains512, int8_avx512, has_vnni512},

@@ -1,12 +1,11 @@
-// The instruction set "avx512": AVX-512 F, BW, DQ, VL and BF16. bfloat16 products for bfloat16 tokens, float32 products
-// for the others.
+// The instruction set "avx512": AVX-512 F, BW, DQ and VL, without BF16. float32 products for every dtype.
 #define RIFORMER_ISA avx512
 #define RIFORMER_GEMM_ROWS 8
 #define RIFORMER_GEMM_VECTORS 3
 #define RIFORMER_TASK_BYTES (512 * 1024)
 
 #include "vec_avx512.h"
-#include "gemm_avx512_bf16.h"
+#include "gemm.h"
 
 namespace riformer::avx512 {
 template <>
@@ -15,7 +14,7 @@ struct GemmFor<float> {
 };
 template <>
 struct GemmFor<bf16> {
-  using Type = GemmBfloat16;
+  using Type = GemmFloat32;
 };
 template <>
 struct GemmFor<f16> {

@@ -1,4 +1,4 @@
-// The vector type of the AVX-512 kernels: sixteen float32 lanes. Needs AVX512 F, BW, DQ, VL and BF16.
+// The vector type of the AVX-512 kernels: sixteen float32 lanes. Needs AVX512 F, BW, DQ and VL; uses BF16 where it may.
 #pragma once
 
 #include <immintrin.h>
@@ -39,9 +39,22 @@ struct Vec {
   static Vec widen_bf16(__m256i bits) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
   }
+#ifdef __AVX512BF16__
   // vcvtneps2bf16 flushes subnormals to zero; bfloat16 shares float32's exponent range, so only values below 1.2e-38
   // are touched.
   __m256i narrow_bf16() const { return (__m256i)_mm512_cvtneps_pbh(v); }
+#else
+  // As common/dtypes.h rounds: to nearest even, NaN stays NaN.
+  __m256i narrow_bf16() const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, quiet));
+  }
+#endif
   __m256i narrow_f16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 };
 

@@ -120,7 +120,7 @@ def test_probe_measures_what_the_processor_has(fresh: Path) -> None:
     flags = module("machine").machine()["flags"]
     kinds = {(row["operation"], row["isa"]) for row in rows}
     for flag, kind in (
-        ("fma", ("float32", "avx2")), ("avx512f", ("float32", "avx512")), ("avx512_bf16", ("bfloat16", "avx512")),
+        ("fma", ("float32", "avx2")), ("avx512f", ("float32", "avx512")), ("avx512_bf16", ("bfloat16", "avx512_bf16")),
         ("avx512_vnni", ("int8", "avx512")), ("amx_bf16", ("bfloat16", "amx")), ("amx_int8", ("int8", "amx")),
     ):  # fmt: skip
         assert (kind in kinds) == (flag in flags), kind
@@ -128,7 +128,7 @@ def test_probe_measures_what_the_processor_has(fresh: Path) -> None:
         if row["operation"] == "copy":
             assert 0.5 < row["gbyte_per_s"] < 2000
         elif row["isa"] != "amx":
-            lanes = {"avx2": 8, "avx512": 16}[row["isa"]] * {"float32": 1, "bfloat16": 2, "int8": 4}[row["operation"]]
+            lanes = {"avx2": 8, "avx512": 16, "avx512_bf16": 16}[row["isa"]] * {"float32": 1, "bfloat16": 2, "int8": 4}[row["operation"]]
             assert 0.2e9 * 2 * lanes < 1e12 * row["tflop_per_s"] < 2 * 2 * 6.5e9 * 2 * lanes, row
 
 
@@ -147,7 +147,7 @@ def test_ceiling_is_the_best_of_what_may_be_used() -> None:
     rates = {
         ("float32", "avx2"): 1.0,
         ("float32", "avx512"): 2.0,
-        ("bfloat16", "avx512"): 4.0,
+        ("bfloat16", "avx512_bf16"): 4.0,
         ("bfloat16", "amx"): 30.0,
     }
     rows = [
@@ -156,7 +156,8 @@ def test_ceiling_is_the_best_of_what_may_be_used() -> None:
     ]
     rows += [{**rows[0], "threads": 1, "tflop_per_s": 0.5}, {**rows[0], "source": "torch.matmul", "tflop_per_s": 99.0}]
     for dtype, isa, expected in (
-        ("bfloat16", "amx", 30e12), ("bfloat16", "avx512", 4e12), ("bfloat16", "avx2", 1e12),  # computed in float32
+        ("bfloat16", "amx", 30e12), ("bfloat16", "avx512_bf16", 4e12),
+        ("bfloat16", "avx512", 2e12), ("bfloat16", "avx2", 1e12),  # computed in float32
         ("float32", "amx", 2e12), ("float16", "avx512", 2e12), ("float32", "scalar", None), ("float32", None, None),
     ):  # fmt: skip
         assert peak.ceiling(rows, dtype, isa, 2) == expected, (dtype, isa)

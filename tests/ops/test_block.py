@@ -309,7 +309,7 @@ def test_moments_flow_from_block_to_block(isa, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["avx512", "avx2"], indirect=True)
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx2"], indirect=True)
 def test_more_than_2_to_31_elements(isa):
     """257 images of 2^23 elements each: the last one starts where a 32-bit offset ends."""
     lines = Path("/proc/meminfo").read_text().splitlines()
