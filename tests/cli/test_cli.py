@@ -62,7 +62,7 @@ def test_usage_errors_are_2(arguments: list[str], says: str, capsys: pytest.Capt
 
 
 def _seconds_of_children() -> float:
-    """Time of the processor that finished child processes took; other than the clock's it does not grow with the load."""
+    """Processor seconds of finished child processes. Unlike the clock's, they do not grow with the load."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
