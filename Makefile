@@ -39,10 +39,10 @@ sanitize: $(VENV)/.test
 	  $(BIN)/pytest -q -s -p no:cacheprovider tests/install/test_sanitized.py
 
 # The CUDA kernels under NVIDIA's checkers: accesses, races, barriers, memory that nobody wrote. Needs a GPU, a CUDA build
-# of torch (TORCH=...) and the CUDA toolkit. The small cases only, as kernels run some hundred times slower there; without
-# PyTorch's cache of memory, so that an access beside a tensor is one beside an allocation.
+# of torch (TORCH=...) and the CUDA toolkit, and long: kernels run some hundred times slower there. Without PyTorch's cache of
+# memory, so that an access beside a tensor is one beside an allocation.
 MEMCHECK := compute-sanitizer --error-exitcode=1 --target-processes=all
-MEMCHECK_TESTS := tests/conformance/test_conformance.py -m "gpu and not slow" -k "cuda and not triton and (block or embed or norm)"
+MEMCHECK_TESTS := tests/conformance/test_conformance.py -m gpu -k "cuda and not triton"
 memcheck: $(VENV)/.test
 	@$(BIN)/python -c "import sys; from riformer_kernels.backends import cuda; reason = cuda.unusable(); \
 	  sys.exit(f'memcheck: no GPU to check the CUDA kernels on: {reason}' if reason else 0)"
@@ -54,7 +54,7 @@ memcheck: $(VENV)/.test
 
 # Style, formatting and types. The C++ files that .clang-format-ignore names are left out by clang-format itself.
 PYTHON_FILES := riformer_kernels python csrc tests bench examples setup.py
-CXX_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu')
+CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu bench/*.cpp tests/*/*.cpp tests/*/*/*.cpp)
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(PYTHON_FILES)
 	$(BIN)/ruff format --check $(PYTHON_FILES)
@@ -68,7 +68,7 @@ format: $(VENV)/.test
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf $(VENV) build riformer_kernels/lib *.egg-info .pytest_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build riformer_kernels/lib *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)

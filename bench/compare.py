@@ -246,8 +246,9 @@ def run_steps(plan: Plan, journal: Journal, budget: Budget) -> list[dict[str, An
 # ------------------------------------------------------------------------------------------------------------- main
 
 
-def default_path(head: dict[str, Any]) -> Path:
-    name = f"{head['cpu']} {head['isa']}".lower()
+def default_path(head: dict[str, Any], quick: bool) -> Path:
+    """Where a result goes. A quick one has a file of its own, as the README is made from the full one."""
+    name = f"{head['cpu']} {head['isa']}{' quick' if quick else ''}".lower()
     return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}.jsonl"
 
 
@@ -264,7 +265,7 @@ def _plots(path: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 for an instruction set that is not there.
+    """0, or 2 for an instruction set that is not there and for an unfinished comparison that is in the way.
 
     Raises:
         AssertionError: our numbers are off. What goes wrong with a peer is the reason in its row.
@@ -279,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with threads(options.threads):
         plan = Plan(options, usable_cpus())
         head = header(plan)
-        path = options.out or default_path(head)
+        path = options.out or default_path(head, options.quick)
         try:
             # Beside the old result until this one is complete.
             journal = Journal(path.with_name(path.name + ".partial"), head, resume=options.resume)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from riformer_kernels import algebra, backends, numerics
 from riformer_kernels.backends import Backend
+from riformer_kernels.ops.block import BlockParameters
 
 WIDTHS, SIDES, CLASSES = (64, 128, 320, 512), (56, 28, 14, 7), 1000
 STAGES = tuple(zip(WIDTHS, SIDES, strict=True))
@@ -202,9 +203,11 @@ _Parts = tuple[Callable[[Tensor, Tensor], Tensor], nn.Module, int, bool]
 def _block(case: OpCase, model: riformer.RIFormer, backend: Backend) -> _Parts:
     block = model.network[2 * WIDTHS.index(case.channels)][0]
     first, second, mlp = block.norm_reparam, block.norm2, block.mlp
-    arguments = (
-        block.layer_scale_1, first.weight, first.bias, None, None, first.eps, second.weight, second.bias, second.eps,
-        mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, block.layer_scale_2, False, True,
+    arguments = BlockParameters(
+        layer_scale_1=block.layer_scale_1, norm1_weight=first.weight, norm1_bias=first.bias, affine_weight=None,
+        affine_bias=None, eps1=first.eps, norm2_weight=second.weight, norm2_bias=second.bias, eps2=second.eps,
+        fc1_weight=mlp.fc1.weight, fc1_bias=mlp.fc1.bias, fc2_weight=mlp.fc2.weight, fc2_bias=mlp.fc2.bias,
+        layer_scale_2=block.layer_scale_2, per_position=False, residual=True,
     )  # fmt: skip
     flop = 4 * mlp.fc1.weight.numel() * case.side**2 * case.batch
     return lambda x, moments: backend.ops["block"](x, moments, *arguments)[0], block, flop, True

@@ -1,4 +1,4 @@
-"""The main job on real input: scanned digits classified, and a photograph run through S12, plain and patched.
+"""The main job on real input: scanned digits classified, and two photographs run through S12, plain and patched.
 
     make demo                       # sets everything up and runs this
     python examples/demo.py         # once riformer-kernels[demo] is installed

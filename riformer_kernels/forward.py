@@ -176,7 +176,8 @@ def _needs_moments(plan: BackbonePlan, index: int) -> bool:
     """Whether the embedding before position ``index`` of the network has to return the moments of its tokens.
 
     It has to when their first reader is fused and normalises over the whole image. That reader is the norm of a
-    returned feature map where there is one, else the first block of the stage at ``index``.
+    returned feature map where there is one, else the first block of the stage at ``index``. A block whose own modules
+    compute its first half changes the tokens before the op reads them, so it needs none.
     """
     norms = {norm.index: norm for norm in plan.norms}
     if index - 1 in norms:
@@ -184,7 +185,8 @@ def _needs_moments(plan: BackbonePlan, index: int) -> bool:
     stage = plan.network[index] if index < len(plan.network) else None
     if isinstance(stage, StagePlan) and stage.blocks:
         first = stage.blocks[0]
-        return stage.reason is None and first.reason is None and not first.per_position
+        op_reads = first.kind is not None and first.kind.fuses_first_half
+        return stage.reason is None and first.reason is None and not first.per_position and op_reads
     return False
 
 

@@ -68,9 +68,9 @@ def norm_mlp(
         raise InputError("moments belong to norm='group'; LayerNorm per position neither needs nor makes any")
     _check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, moments)
     chosen = backends.ALL[_choose(backend, x.device.type, x.dtype)]
-    if chosen.name != "reference" and (x.shape[1] % 8 or fc1_weight.shape[0] % 8):
+    if x.shape[1] % chosen.multiple or fc1_weight.shape[0] % chosen.multiple:
         raise InputError(
-            f"C={x.shape[1]} and hidden={fc1_weight.shape[0]}: the native kernels need multiples of 8; "
+            f"C={x.shape[1]} and hidden={fc1_weight.shape[0]}: the native kernels need multiples of {chosen.multiple}; "
             "use backend='reference' for plain PyTorch"
         )
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):

@@ -20,7 +20,6 @@ from .tracing import constant_while_tracing
 if TYPE_CHECKING:
     from .verification import Verification
 
-NATIVE_MULTIPLE = 8  # what the native kernels need the channels to be a multiple of
 _DECISIONS = ("backend", "resolved", "compute_dtype", "name", "verification", "expected", "refused")
 _numbers = itertools.count(1)
 _states: weakref.WeakValueDictionary[int, PatchState] = weakref.WeakValueDictionary()
@@ -95,7 +94,8 @@ class PatchState:
 
     @property
     def multiple(self) -> int:
-        return 1 if self.resolved == "reference" else NATIVE_MULTIPLE
+        """What the backend needs the numbers of channels to be multiples of."""
+        return backends.ALL[self.resolved].multiple
 
     def program_for(self, module: Backbone) -> Program:
         """The program for ``module`` as it is now; made anew when hooks, flags or submodules have changed."""

@@ -17,11 +17,12 @@ import torch
 from riformer.model import RIFormer
 from riformer.randomize import randomize_
 from support_compare import OpCounter
-from support_cpu import selected, threads
+from support_cpu import selected
 from support_models import TINY
 from torch import nn
 
 from riformer_kernels import backends
+from riformer_kernels.machine import threads
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

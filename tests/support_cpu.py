@@ -51,17 +51,6 @@ def selected(isa: str) -> Iterator[str]:
         cpu.select_isa(before)
 
 
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """The number of threads that PyTorch and the kernels use meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 SIZES = ((1, 1), (5, 5), (7, 7), (9, 7), (14, 14), (17, 20), (28, 28))
 BLOCKS = all_pairs(
     Block, 60_000_000, channels=(8, 16, 24, 64, 96, 128, 320, 512), size=SIZES, dtype=DTYPES, norm=("gn", "ln"),

@@ -23,8 +23,6 @@
 
 namespace riformer::RIFORMER_ISA {
 
-constexpr int64_t kMostTaskTokens = 384;
-
 // The sizes of a task. They depend on the widths alone, never on the batch.
 struct BlockChoice {
   int64_t tokens;        // wanted per task

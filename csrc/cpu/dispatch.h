@@ -1,5 +1,6 @@
 // Which instruction set this process uses: the first automatic one of instruction_sets.def whose features the processor
-// and the operating system offer, or the one that RIFORMER_CPU_ISA names. Decided at the first use of an op.
+// and the operating system offer, or the one that RIFORMER_CPU_ISA names. Decided when one of these
+// functions is first called.
 #pragma once
 
 #include <string>

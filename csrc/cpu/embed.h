@@ -163,7 +163,7 @@ struct EmbedKernel {
     const int64_t per_token =
         padded * static_cast<int64_t>(sizeof(Element)) + rows * static_cast<int64_t>(sizeof(float));
     const int64_t fit = task_bytes<Gemm>() / per_token / kTokens * kTokens;
-    return fit < kTokens ? kTokens : (fit < 384 ? fit : 384);
+    return fit < kTokens ? kTokens : (fit < kMostTaskTokens ? fit : kMostTaskTokens);
   }
 
   // The most input rows that `tokens` neighbouring output positions read.

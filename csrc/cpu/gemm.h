@@ -79,6 +79,9 @@ constexpr int64_t task_bytes() {
   return RIFORMER_TASK_BYTES * 4 / static_cast<int64_t>(sizeof(typename Gemm::Element));
 }
 
+// The most tokens that a task should take, however narrow the widths are.
+constexpr int64_t kMostTaskTokens = 384;
+
 // c[kRows][kTokens] = or += kRows rows of weights, `stride` apart, times the panel. Calls the `run` for as many vectors
 // as hold tokens, so that a ragged last panel costs what it holds.
 template <class Gemm, int kUsed = Gemm::kVectors>

@@ -1,5 +1,8 @@
 // The instruction set "amx": AMX bf16 tiles for bfloat16 tokens, everything else as AVX-512. Compiled once more with
 // RIFORMER_AMX_EMULATED as "amx-emulated", whose tile registers are emulated in memory.
+//
+// The empty namespaces make this file the one that a search for "namespace riformer::amx" finds. All that is in them is
+// written as RIFORMER_ISA.
 #ifdef RIFORMER_AMX_EMULATED
 namespace riformer::amx_emulated {}
 #define RIFORMER_ISA amx_emulated

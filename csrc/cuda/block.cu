@@ -11,8 +11,8 @@ namespace riformer::cuda {
 namespace {
 
 // The share of rows, in per cent, that slots which end with their image may waste. Above that, slots cross images and a
-// kernel of its own takes the moments. 28 x 28 positions waste 6 %; 14 x 14 would waste 31 %, where that kernel costs 5
-// % of the block's time at C = 320, counted in bytes.
+// kernel of its own takes the moments. 28 x 28 positions waste 6 %. 14 x 14 positions would waste 31 %; there, counted
+// in bytes, that kernel costs 5 % of the block's time at C = 320.
 constexpr int64_t kMostWasted = 8;
 
 int64_t slots_per_image_of(const BlockProblem& problem) {

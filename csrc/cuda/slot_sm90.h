@@ -1,6 +1,6 @@
 // What the sm_90 kernels of a block do to the rows of a slot, by one warpgroup: before the first product (the norm,
-// into a tile that wgmma reads) and after the second (residual, moments, stores). And the ring through which weights
-// reach the warpgroups.
+// into a tile that wgmma reads) and after the second (residual, moments, stores). And the ring through which the
+// operands of the products reach the warpgroups.
 //
 // The tile of a slot lies in shared memory as strips of 64 rows, one behind the other. A strip is as many channels wide
 // as a row of the swizzle takes: 128 bytes, or 64 where the channels are no multiple of that.
@@ -192,8 +192,8 @@ RIFORMER_DEVICE void finish_columns(const BlockKernelArgs& args, int C, const Sl
 constexpr int kSharedLimit = 232448;  // bytes of a thread block on sm_90 (CUDA programming guide)
 constexpr int kBarrierBytes = 1024;
 
-// A ring of panels of weights in shared memory. The producer fills a panel, the consumers multiply by it and release
-// it, and the producer fills it again.
+// A ring of panels in shared memory: of weights, and in `project` of rows of the hidden tensor too. The producer fills
+// a panel, the consumers multiply by it and release it, and the producer fills it again.
 //
 // The barriers lie at the start of shared memory: full[stages], empty[stages], arrived[consumers]. full[i]: panel i has
 // been copied. empty[i]: all consumers have released it. arrived[i]: the tokens of consumer i have been copied.

@@ -16,7 +16,6 @@
 namespace riformer::emulator {
 namespace {
 
-constexpr int kWarp = 32, kWarpgroup = 128;
 constexpr size_t kStack = 256 * 1024;
 constexpr int kNamedBarriers = 16;
 constexpr size_t kSharedAlignment = 1024;

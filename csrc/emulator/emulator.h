@@ -23,6 +23,8 @@
 
 namespace riformer::emulator {
 
+constexpr int kWarp = 32, kWarpgroup = 128;  // threads
+
 struct Grid {
   int64_t thread_blocks;
   int cluster;

@@ -8,8 +8,6 @@
 namespace riformer::emulator {
 namespace {
 
-constexpr int kWarpgroup = 128;
-
 // What the eight bytes of a barrier hold on the emulator.
 struct Barrier {
   int16_t expected;         // arrivals that complete a phase

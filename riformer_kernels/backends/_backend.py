@@ -25,6 +25,7 @@ class Backend:
         ops: the callable for each op of ``riformer_kernels.ops.ALL``, by the op's name and with its signature.
         refuses: why one device of a served type is not served all the same (an older GPU), or None; without it all are.
         compiles: whether kernels are compiled when they are first used, so that ``patch`` had better use them.
+        multiple: the numbers of channels, hidden ones too, must be multiples of it; 1: any number.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Backend:
     ops: Mapping[str, Callable[..., Any]]
     refuses: Callable[[torch.device], str | None] | None = None
     compiles: bool = False
+    multiple: int = 8
 
     def __post_init__(self) -> None:
         if self.ops.keys() != OPS.keys():

@@ -9,6 +9,7 @@ from ._backend import Backend
 
 BACKEND = Backend(
     name="reference",
+    multiple=1,
     automatic=False,
     devices=(),
     dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),

@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 from support_cases import DTYPES, check_ratios
-from support_cpu import ISAS, threads
+from support_cpu import ISAS
 from support_equivalence import check_model, images_of, model_of
 
 import riformer_kernels
+from riformer_kernels.machine import threads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = [isa for isa in ISAS if isa not in ("scalar", "amx-emulated")] or list(ISAS)

@@ -41,7 +41,7 @@ def test_every_kernel_refuses_an_unknown_dtype(tmp_path):
     assert built.returncode == 0, built.stderr
     done = subprocess.run([str(program)], capture_output=True, text=True)
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == 15, f"{done.returncode}: {done.stdout}{done.stderr}"
+    assert done.returncode == 0 and len(lines) == 28, f"{done.returncode}: {done.stdout}{done.stderr}"
     refused = re.compile(r"\w+ \w+: riformer: dtype 7 has no element type; add it to with_dtype .*")
     assert [line for line in lines if not refused.fullmatch(line)] == []
 

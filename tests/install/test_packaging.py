@@ -1,5 +1,6 @@
 """What an installed package must hold: one version, types, no path of a machine, and kernels after the import alone."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -32,10 +33,25 @@ def test_the_version_is_the_same_everywhere():
     assert installed == riformer_kernels.__version__
 
 
+def test_every_package_is_installed():
+    """The folders that pyproject.toml makes setuptools find are all those that Python would import."""
+    setuptools = pytest.importorskip("setuptools")
+    text = (ROOT / "pyproject.toml").read_text()
+    where, include = re.search(r"where = (\[.*\])\ninclude = (\[.*\])", text).groups()
+    found = set()
+    for folder in json.loads(where):
+        found |= set(setuptools.find_packages(str(ROOT / folder), include=json.loads(include)))
+    folders = (ROOT / "riformer_kernels", ROOT / "python")
+    files = [file for folder in folders for file in folder.rglob("__init__.py")]
+    expected = {".".join(file.parent.relative_to(ROOT).parts).removeprefix("python.") for file in files}
+    assert found == expected and {"riformer", "riformer_cli", "riformer_kernels.ops"} <= found
+
+
 def test_the_packages_are_typed():
     import riformer
+    import riformer_cli
 
-    for package in (riformer_kernels, riformer):
+    for package in (riformer_kernels, riformer, riformer_cli):
         assert (Path(package.__file__).parent / "py.typed").is_file()
 
 

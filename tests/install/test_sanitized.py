@@ -14,13 +14,14 @@ import pytest
 import torch
 from support_block import PARAMETERS, Block, block_parameters, check_block
 from support_cases import LAYOUTS, lay_out, per_dtype, per_norm, tokens
-from support_cpu import CPU, ISAS, OPS, per_isa, threads
+from support_cpu import CPU, ISAS, OPS, per_isa
 from support_embed import Embed, check_embed, embed_parameters
 from support_head import check_head
 from support_moments import check_moments
 from support_norm import check_norm
 
 from riformer_kernels.backends import cpu
+from riformer_kernels.machine import threads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support_native import ROOT
+from support_paths import ROOT
 
 setuptools = pytest.importorskip("setuptools")
 FOLDER = Path("riformer_kernels") / "lib"

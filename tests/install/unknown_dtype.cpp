@@ -17,6 +17,14 @@ float values[4096], results[4096], moments[2 * kChannels];
 
 void run(int64_t count, void (*task)(int64_t, int64_t, void*), void* context) { task(0, count, context); }
 
+constexpr Parameter BlockArgs::* kBlockParameters[] = {
+    &BlockArgs::layer_scale_1, &BlockArgs::norm1_weight, &BlockArgs::norm1_bias, &BlockArgs::affine_weight,
+    &BlockArgs::affine_bias,   &BlockArgs::norm2_weight, &BlockArgs::norm2_bias, &BlockArgs::fc1_weight,
+    &BlockArgs::fc1_bias,      &BlockArgs::fc2_weight,   &BlockArgs::fc2_bias,   &BlockArgs::layer_scale_2,
+};
+constexpr Parameter HeadArgs::* kHeadParameters[] = {&HeadArgs::norm_weight, &HeadArgs::norm_bias, &HeadArgs::fc_weight,
+                                                     &HeadArgs::fc_bias};
+
 template <class Args>
 Args valid() {
   Args args{};
@@ -33,7 +41,7 @@ BlockArgs block() {
   args.positions = kPositions;
   args.hidden = kChannels;
   args.moments = moments;
-  args.norm2_weight = args.norm2_bias = args.fc1_weight = args.fc2_weight = {values, DType::f32};
+  for (const auto parameter : kBlockParameters) args.*parameter = {values, DType::f32};
   return args;
 }
 EmbedArgs embed() {
@@ -92,13 +100,14 @@ int main() {
   check("embed weight", kernels.embed, embed(), [&](EmbedArgs& args) { args.weight = unknown; });
   check("embed bias", kernels.embed, embed(), [&](EmbedArgs& args) { args.bias = unknown; });
   check("block x", kernels.block, block(), [](BlockArgs& args) { args.dtype = kUnknown; });
-  check("block norm2_weight", kernels.block, block(), [&](BlockArgs& args) { args.norm2_weight = unknown; });
-  check("block fc1_weight", kernels.block, block(), [&](BlockArgs& args) { args.fc1_weight = unknown; });
-  check("block fc2_bias", kernels.block, block(), [&](BlockArgs& args) { args.fc2_bias = unknown; });
+  for (const auto parameter : kBlockParameters)
+    check("block parameter", kernels.block, block(), [&](BlockArgs& args) { args.*parameter = unknown; });
   check("norm x", kernels.norm, norm(), [](NormArgs& args) { args.x_dtype = kUnknown; });
   check("norm out", kernels.norm, norm(), [](NormArgs& args) { args.dtype = kUnknown; });
   check("norm weight", kernels.norm, norm(), [&](NormArgs& args) { args.weight = unknown; });
+  check("norm bias", kernels.norm, norm(), [&](NormArgs& args) { args.bias = unknown; });
   check("head x", kernels.head, head(), [](HeadArgs& args) { args.x_dtype = kUnknown; });
   check("head out", kernels.head, head(), [](HeadArgs& args) { args.dtype = kUnknown; });
-  check("head fc_weight", kernels.head, head(), [&](HeadArgs& args) { args.fc_weight = unknown; });
+  for (const auto parameter : kHeadParameters)
+    check("head parameter", kernels.head, head(), [&](HeadArgs& args) { args.*parameter = unknown; });
 }

@@ -9,8 +9,10 @@ import pytest
 import torch
 from support_block import PARAMETERS, Block, block_parameters, check_block, eager_block
 from support_cases import DTYPES, LAYOUTS, lay_out, like, per_dtype, per_norm, tokens
-from support_cpu import CPU, OPS, per_isa, threads
+from support_cpu import CPU, OPS, per_isa
 from support_moments import check_moments
+
+from riformer_kernels.machine import threads
 
 
 def in_place(x, parameters, moments=None):

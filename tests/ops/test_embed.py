@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from support_cases import DTYPES, LAYOUTS, all_pairs, lay_out, per_dtype, tokens
-from support_cpu import CPU, OPS, per_isa, threads
+from support_cpu import CPU, OPS, per_isa
 from support_embed import DOWNSAMPLE, STEM, Embed, check_embed, embed_parameters
+
+from riformer_kernels.machine import threads
 
 SIZES = ((7, 7), (9, 7), (17, 20), (33, 32), (56, 41))
 WEIGHTS = ("nchw", "channels_last", "strided", "offset")

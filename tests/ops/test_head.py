@@ -8,8 +8,10 @@ import pytest
 import torch
 from support_block import Block
 from support_cases import DTYPES, LAYOUTS, lay_out, per_dtype, per_norm, tokens
-from support_cpu import CPU, per_isa, threads
+from support_cpu import CPU, per_isa
 from support_head import check_head, head_parameters
+
+from riformer_kernels.machine import threads
 
 
 @per_isa

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from support_cases import LAYOUTS, draws, lay_out, per_dtype
-from support_cpu import OPS, need_native, per_isa, threads
+from support_cpu import OPS, need_native, per_isa
 from support_moments import check_moments
 
 from riformer_kernels import BackendError
 from riformer_kernels.backends import cpu
+from riformer_kernels.machine import threads
 
 SHAPES = [(3, 8, 1, 1), (5, 16, 5, 5), (1, 24, 9, 7), (2, 3, 17, 20), (2, 64, 28, 28), (1, 7, 56, 56), (1, 2, 200, 201)]
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from support_block import Block
 from support_cases import DTYPES, EPS, LAYOUTS, check_ratios, draws, lay_out, per_dtype, per_norm, tokens
-from support_cpu import CPU, OPS, per_isa, threads
+from support_cpu import CPU, OPS, per_isa
 from support_norm import check_norm, eager_norm, norm_parameters
+
+from riformer_kernels.machine import threads
 
 SHAPES = [(8, (1, 1)), (24, (9, 7)), (16, (17, 20)), (512, (7, 7)), (12, (5, 5)), (64, (28, 28)), (20, (33, 31))]
 

@@ -50,15 +50,10 @@ def arguments_of(op, kind, dtype=torch.float32, norm="gn", form="training"):
         return (x, moments, *needing([parameters[name] for name in PARAMETERS], kind))
     if op == "norm":
         return (x, moments, *needing([draw(16), draw(16)], kind), EPS, flag, dtype)
-    return (
-        x,
-        moments,
-        *needing([draw(16), draw(16)], kind),
-        EPS,
-        *needing([draw(10, 16), draw(10)], kind),
-        flag,
-        dtype,
-    )
+    if op == "head":
+        norm, fc = needing([draw(16), draw(16)], kind), needing([draw(10, 16), draw(10)], kind)
+        return (x, moments, *norm, EPS, *fc, flag, dtype)
+    raise KeyError(f"say here what the arguments of op {op!r} are")
 
 
 @per_kind

@@ -9,11 +9,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from support_block import PARAMETERS, Block, block_parameters, check_block
 from support_cases import DTYPES, LAYOUTS, draws, lay_out, tokens
-from support_cpu import CPU, ISAS, OPS, selected, threads
+from support_cpu import CPU, ISAS, OPS, selected
 from support_embed import Embed, check_embed, embed_parameters
 from support_head import check_head
 from support_moments import check_moments
 from support_norm import check_norm
+
+from riformer_kernels.machine import threads
 
 LIMIT = 8_000_000  # multiply-adds of one call: a plain C++ product does a thousand million of them in a second
 PROFILE = settings(
