@@ -9,6 +9,8 @@
 #include "../common/ops.h"
 #include "host.h"
 
+bool riformer::serves(DType dtype) { return cuda::kernels_serve(dtype); }
+
 namespace {
 
 using namespace riformer;
@@ -17,16 +19,6 @@ using riformer::cuda::Parameter;
 using riformer::cuda::served;
 
 constexpr int64_t kAlignment = 16;
-
-// The inverse of dtype_of.
-ScalarType scalar_type_of(DType dtype) {
-  switch (dtype) {
-    case DType::f32: return ScalarType::Float;
-    case DType::bf16: return ScalarType::BFloat16;
-    case DType::f16: return ScalarType::Half;
-  }
-  fail_unknown_dtype(dtype);
-}
 
 // A clone keeps dense strides.
 Tensor aligned(const Tensor& tensor) {
