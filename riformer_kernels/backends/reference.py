@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from .. import ops
+from ..dtypes import DTYPES
 from ._backend import Backend
 
 BACKEND = Backend(
     name="reference",
     automatic=False,
     devices=(),
-    dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    dtypes=(*DTYPES, torch.float64),
     unusable=lambda: None,
     detail=lambda: "plain PyTorch",
     ops={name: op.reference for name, op in ops.ALL.items()},
