@@ -14,7 +14,7 @@ from .errors import BackendError, PatchError, VerificationError
 from .fused import FusedBackbone, adopt, release
 from .modules import STATE, Backbone, original_class
 from .patch_state import PatchState
-from .plan import BackbonePlan, EmbedPlan, HeadPlan, NormPlan, StagePlan
+from .plan import BackbonePlan, EmbedPlan, HeadPlan, NormPlan, StagePlan, own_first_half
 from .recognise import find, why_not_backbone
 
 _lock = threading.RLock()
@@ -30,7 +30,7 @@ class Row:
         kind: "stem", "stage", "downsample", "norm", "head", or "outside" for what is not part of a backbone.
         backend: name and detail (instruction set) of the backend, None when nothing of it is fused.
         dtype: dtype of the tokens.
-        fused, total: number of blocks, or 0/1 of 1 for the other kinds.
+        fused, total: number of blocks, or 0/1 of 1 for the other kinds. A block counts whose second half is fused.
         reason: why part of it is not fused, None when all is.
     """
 
@@ -171,8 +171,8 @@ def _rows(prefix: str, backbone: Backbone) -> list[Row]:
         fused = 0 if item.reason else sum(block.reason is None for block in item.blocks)
         reasons: dict[str, list[str]] = {}
         for block in item.blocks:
-            if block.reason:
-                reasons.setdefault(block.reason, []).append(block.name.rpartition(".")[2])
+            if text := block.reason or own_first_half(block):
+                reasons.setdefault(text, []).append(block.name.rpartition(".")[2])
         parts = [f"{'blocks' if len(at) > 1 else 'block'} {', '.join(at)}: {reason}" for reason, at in reasons.items()]
         reason = item.reason or "; ".join(parts) or None
         name = _join(prefix, item.name)
