@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import support_cases
 import torch
 from riformer_cli import _arguments
 from support_compiler import compiled
@@ -15,6 +16,9 @@ from support_paths import ROOT
 
 from riformer_kernels import dtypes, numerics
 
+# Names of dtypes that the native ops take and no backend serves, see "A dtype" in DEVELOPING.md. They have the last
+# numbers.
+OPS_ALONE: tuple[str, ...] = ()
 HEADER = ROOT / "csrc" / "common" / "dtypes.h"
 
 # A fourth dtype, which only the CPU library serves: the file of each piece, what it stands before, and the piece.
@@ -139,8 +143,9 @@ def test_every_list_names_the_same_dtypes():
     listed = re.findall(r"DType::(\w+)", re.search(r"kDTypes\[\] = \{(.*)\};", text)[1])
     traits = dict(re.findall(r"kDType = DType::(\w+);\n.* kName = \"(\w+)\";", text))
     assert list(found) == listed == list(traits) and list(found.values()) == list(range(len(found)))
-    assert tuple(traits.values()) == dtypes.NAMES == _arguments.DTYPES
-    assert [dtypes.number_of(dtype) for dtype in dtypes.DTYPES] == list(found.values())
+    assert tuple(traits.values()) == dtypes.NAMES + OPS_ALONE and _arguments.DTYPES == dtypes.NAMES
+    assert [dtypes.number_of(dtype) for dtype in dtypes.DTYPES] == list(found.values())[: len(dtypes.DTYPES)]
+    assert support_cases.DTYPES == dtypes.DTYPES
 
 
 def test_a_dtype_without_a_number_is_named():
