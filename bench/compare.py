@@ -39,6 +39,7 @@ from child import HERE
 from journal import Journal, JournalError
 from progress import Progress
 
+from riformer_kernels.dtypes import NAMES
 from riformer_kernels.errors import BackendError
 from riformer_kernels.machine import threads, usable_cpus
 
@@ -47,7 +48,6 @@ RESULTS = HERE / "results"
 FULL_SECONDS, QUICK_SECONDS = 6.0, 0.4
 QUICK_LIMIT = 300.0
 """Seconds for the whole of ``--quick``."""
-DTYPES = ("float32", "bfloat16", "float16")
 ROWS = ("ceilings", "model", "larger", "isa", "growth", "ops")
 QUICK_ROWS = ("ceilings", "model", "ops", "growth", "isa")
 """Those of ``--quick``, the most important first: what there is no time for is left out."""
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add("--arch", type=_arch, default="s12", help="a name, or a dict as JSON (default: s12)")
     add("--size", type=_positive, default=224, metavar="N", help="side of the images (default: 224)")
     add("--batch", type=_positive, nargs="+", metavar="N", help="default: 1 16; --quick: 16")
-    add("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"], help="default: float32 bfloat16")
+    add("--dtype", nargs="+", choices=NAMES, default=["float32", "bfloat16"], help="default: float32 bfloat16")
     add("--isa", nargs="+", choices=isa.LIMITS, help="instruction sets that nobody may exceed, for the isa rows "
         "(default: those below this machine's best)")  # fmt: skip
     add("--seconds", type=float, metavar="S", help=f"measured per peer and row (default: {FULL_SECONDS:g})")

@@ -10,14 +10,13 @@ import op_cases
 import pytest
 import torch
 
+from riformer_kernels.dtypes import NAMES
 from riformer_kernels.machine import threads
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("riformer")
-    group.addoption("--dtype", action="append", choices=DTYPES, help="repeatable; default: float32 and bfloat16")
+    group.addoption("--dtype", action="append", choices=NAMES, help="repeatable; default: float32 and bfloat16")
     group.addoption("--seconds", type=float, default=0.3, help="interleaved measuring per peer of an op (default: 0.3)")
     group.addoption("--model-seconds", type=float, default=3.0, help="the same per peer of the model (default: 3)")
     group.addoption("--threads", type=int, help="PyTorch's threads (default: its own choice)")
@@ -25,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def dtypes(config: pytest.Config) -> tuple[torch.dtype, ...]:
-    return tuple(getattr(torch, name) for name in config.getoption("--dtype") or DTYPES[:2])
+    return tuple(getattr(torch, name) for name in config.getoption("--dtype") or NAMES[:2])
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .modules import child, reach
+from .modules import child, owner, reach
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class BlockKind:
     """Where a block keeps its modules and parameters.
 
     Attributes:
-        name: what reports call it.
+        name: what the report calls it where the first half is not fused, and errors where two kinds collide.
         mixer: paths of the modules that compute in turn what the first half adds to x, before the layer scale.
         affine: path of the token mixer's depthwise 1x1 convolution, which the op folds into the first norm, or None.
         fuses_first_half: whether the op computes the first half. Then the first of ``mixer`` is its norm, and the rest
@@ -60,15 +60,16 @@ def norm1_path(kind: BlockKind) -> str | None:
 
 def recognises(kind: BlockKind, block: nn.Module) -> bool:
     """Whether a block has the modules and layer scales of this kind, whatever their types."""
-    needed = (*kind.mixer, kind.affine, kind.norm2, kind.fc1, kind.act, kind.fc2)
-    return all(child(block, path) is not None for path in needed if path is not None) and all(
-        hasattr(block, scale) for scale in (kind.layer_scale_1, kind.layer_scale_2)
+    scales = [owner(block, path) for path in _scales(kind)]
+    return all(child(block, path) is not None for path in _modules(kind)) and all(
+        holder is not None and hasattr(holder, name) for holder, name in scales
     )
 
 
 def unexpected_children(kind: BlockKind, block: nn.Module) -> list[str]:
     """Paths of the children, of the block and of its MLP, that this kind does not have."""
     known = {*kind.mixer, kind.norm2, kind.fc1, kind.act, kind.fc2, kind.mlp, *kind.drops, *kind.idle}
+    known |= {path.rpartition(".")[0] for path in _scales(kind)}
     found = [*_children(block, ""), *_children(child(block, kind.mlp), f"{kind.mlp}.")]
     return [path for path in found if path not in known]
 
@@ -103,6 +104,16 @@ def mlp_branch(kind: BlockKind, block: nn.Module, y: torch.Tensor) -> torch.Tens
     return reach(block, kind.mlp)(reach(block, kind.norm2)(y))
 
 
+def _modules(kind: BlockKind) -> tuple[str, ...]:
+    """Paths of the modules that a block of this kind must have."""
+    affine = () if kind.affine is None else (kind.affine,)
+    return (*kind.mixer, *affine, kind.norm2, kind.fc1, kind.act, kind.fc2)
+
+
+def _scales(kind: BlockKind) -> tuple[str, str]:
+    return kind.layer_scale_1, kind.layer_scale_2
+
+
 def _children(module: nn.Module, prefix: str) -> list[str]:
     return [prefix + name for name, inner in module._modules.items() if inner is not None]
 
@@ -111,10 +122,40 @@ def _weight_and_bias(name: str, path: str | None) -> dict[str, str | None]:
     return {f"{name}_{kind}": None if path is None else f"{path}.{kind}" for kind in ("weight", "bias")}
 
 
+def ordered(*kinds: BlockKind) -> tuple[BlockKind, ...]:
+    """The kinds as they are given.
+
+    Raises:
+        ValueError: a kind stands before one that has all of its paths and perhaps more, and would take its blocks.
+    """
+    for index, kind in enumerate(kinds):
+        for later in kinds[index + 1 :]:
+            if _needed(kind) <= _needed(later):
+                raise ValueError(f"block kind {kind.name!r} recognises every block of {later.name!r}; put it behind")
+    return kinds
+
+
+def _needed(kind: BlockKind) -> set[str]:
+    """The paths that recognition asks for, and those on the way to them."""
+    paths = (*_modules(kind), *_scales(kind))
+    return {".".join(names[:end]) for names in (path.split(".") for path in paths) for end in range(1, len(names) + 1)}
+
+
 # A deployed block may keep the modules that its norm was folded from, so it is looked for first.
 DEPLOYED = BlockKind("deployed", mixer=("norm_reparam",), affine=None, idle=("norm1", "token_mixer"))
 TRAINING = BlockKind("training", mixer=("norm1", "token_mixer"), affine="token_mixer.affine")
-KINDS = (DEPLOYED, TRAINING)
+KINDS = ordered(DEPLOYED, TRAINING)
+
+
+def expected_mixers() -> str:
+    """What a block of any kind has in its first half, for messages. A path goes without saying where a longer one of
+    the same kind begins with it."""
+    mixers = []
+    for kind in KINDS:
+        paths = (*kind.mixer, *(() if kind.affine is None else (kind.affine,)))
+        told = [path for path in paths if not any(other.startswith(f"{path}.") for other in paths)]
+        mixers.append(" with ".join(told))
+    return ", or ".join(mixers)
 
 
 def kind_of(block: nn.Module | None) -> BlockKind | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import backends
+from . import backends, dtypes
 from .errors import InputError
 from .ops.block import BlockParameters
 from .tracing import constant_while_tracing
@@ -109,7 +109,7 @@ def _check(
         found = f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
         raise InputError(f"x must be tokens [B, C, H, W], found {found}")
     if not x.is_floating_point():
-        raise InputError(f"x must be float32, bfloat16 or float16, found {x.dtype}")
+        raise InputError(f"x must be {dtypes.ANY}, found {x.dtype}")
     if x.shape[2] * x.shape[3] == 0:
         raise InputError(f"x needs at least one position, found shape {tuple(x.shape)}")
     channels, hidden = x.shape[1], fc1_weight.shape[0]

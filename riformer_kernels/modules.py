@@ -50,10 +50,20 @@ def reach(module: nn.Module, path: str) -> Any:
     return found
 
 
-def parameter(module: nn.Module, name: str) -> torch.Tensor | None:
-    """A parameter of the module itself; plain tensor attributes count on DataParallel replicas only, where all are."""
-    found = module._parameters.get(name)
-    return module.__dict__.get(name) if found is None and module.__dict__.get("_is_replica") else found
+def owner(module: nn.Module | None, path: str) -> tuple[Any, str]:
+    """The submodule that holds the attribute at a dotted path, or None, and the attribute's name."""
+    holder, _, name = path.rpartition(".")
+    return (child(module, holder) if holder else module), name
+
+
+def parameter(module: nn.Module, path: str) -> torch.Tensor | None:
+    """The parameter at a dotted path, or None. Plain tensor attributes count on DataParallel replicas only, where all
+    parameters are such."""
+    holder, name = owner(module, path)
+    if holder is None:
+        return None
+    found = holder._parameters.get(name)
+    return holder.__dict__.get(name) if found is None and holder.__dict__.get("_is_replica") else found
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from .dtypes import name_of
+
 
 @dataclass(frozen=True)
 class ErrorFigures:
@@ -52,9 +54,19 @@ class ErrorRatios:
         return {**asdict(self), "passed": self.passed}
 
 
+# How many times eager's RMS ours may be. Eager's own memory formats differ by 1.7 to 2x in float32.
+_RMS_LIMITS = {torch.float32: 2.0, torch.bfloat16: 1.25, torch.float16: 1.25, torch.float64: 1.25}
+
+
 def limits_for(dtype: torch.dtype) -> ErrorFigures:
-    """The limits for a dtype. In float32 the RMS may be twice eager's, whose memory formats differ by 1.7 to 2x."""
-    return ErrorFigures(max=2.0, rms=2.0 if dtype == torch.float32 else 1.25, channel=2.0, position=3.0)
+    """The limits for a dtype.
+
+    Raises:
+        ValueError: none are set for it.
+    """
+    if dtype not in _RMS_LIMITS:
+        raise ValueError(f"the error-ratio rule has no limits for {name_of(dtype)}; add them to numerics")
+    return ErrorFigures(max=2.0, rms=_RMS_LIMITS[dtype], channel=2.0, position=3.0)
 
 
 def figures(value: torch.Tensor, golden: torch.Tensor) -> ErrorFigures:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import backends, verification, warmup
+from . import backends, dtypes, verification, warmup
 from .errors import BackendError, PatchError, VerificationError
 from .fused import FusedBackbone, adopt, release
 from .modules import STATE, Backbone, original_class
 from .patch_state import PatchState
-from .plan import BackbonePlan, EmbedPlan, HeadPlan, NormPlan, StagePlan
+from .plan import BackbonePlan, EmbedPlan, HeadPlan, NormPlan, StagePlan, own_first_half
 from .recognise import find, why_not_backbone
 
 _lock = threading.RLock()
@@ -30,7 +30,7 @@ class Row:
         kind: "stem", "stage", "downsample", "norm", "head", or "outside" for what is not part of a backbone.
         backend: name and detail (instruction set) of the backend, None when nothing of it is fused.
         dtype: dtype of the tokens.
-        fused, total: number of blocks, or 0/1 of 1 for the other kinds.
+        fused, total: number of blocks, or 0/1 of 1 for the other kinds. A block counts whose second half is fused.
         reason: why part of it is not fused, None when all is.
     """
 
@@ -140,10 +140,6 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _state(backbone: nn.Module) -> PatchState:
     """The state of a patched backbone."""
     return backbone.__dict__[STATE]
@@ -156,15 +152,16 @@ def _rows(prefix: str, backbone: Backbone) -> list[Row]:
     program = state.program_for(backbone)
     plan, lead = program.plan, program.lead()
     dtype = state.compute_dtype or lead.dtype
+    dtype_name = dtypes.name_of(dtype)
     try:
         backend = state.backend_for(lead.device, dtype)
     except BackendError as error:
-        return [Row(prefix, "stage", None, _short(dtype), 0, 0, str(error))]
+        return [Row(prefix, "stage", None, dtype_name, 0, 0, str(error))]
     served = f"{backend.name} ({backend.detail()})"
 
     def row(part: EmbedPlan | NormPlan | HeadPlan, kind: str) -> Row:
         ok = part.reason is None
-        return Row(_join(prefix, part.name), kind, served if ok else None, _short(dtype), int(ok), 1, part.reason)
+        return Row(_join(prefix, part.name), kind, served if ok else None, dtype_name, int(ok), 1, part.reason)
 
     rows = [row(plan.stem, "stem")]
     for item in plan.network:
@@ -174,12 +171,12 @@ def _rows(prefix: str, backbone: Backbone) -> list[Row]:
         fused = 0 if item.reason else sum(block.reason is None for block in item.blocks)
         reasons: dict[str, list[str]] = {}
         for block in item.blocks:
-            if block.reason:
-                reasons.setdefault(block.reason, []).append(block.name.rpartition(".")[2])
+            if text := block.reason or own_first_half(block):
+                reasons.setdefault(text, []).append(block.name.rpartition(".")[2])
         parts = [f"{'blocks' if len(at) > 1 else 'block'} {', '.join(at)}: {reason}" for reason, at in reasons.items()]
         reason = item.reason or "; ".join(parts) or None
         name = _join(prefix, item.name)
-        rows.append(Row(name, "stage", served if fused else None, _short(dtype), fused, len(item.blocks), reason))
+        rows.append(Row(name, "stage", served if fused else None, dtype_name, fused, len(item.blocks), reason))
     rows += [row(norm, "norm") for norm in plan.norms]
     return rows + ([row(plan.head, "head")] if plan.head is not None else [])
 
@@ -312,7 +309,7 @@ def _prepare(name: str, backbone: Backbone, backend: str, compute_dtype: torch.d
     if lead.is_meta:
         raise PatchError(f"{label}: its parameters are on the meta device, without values; load the weights first")
     if not lead.is_floating_point():
-        raise PatchError(f"{label}: its parameters are {lead.dtype}; expected float32, bfloat16 or float16")
+        raise PatchError(f"{label}: its parameters are {lead.dtype}; expected {dtypes.ANY}")
     chosen = backends.choose(backend, lead.device, compute_dtype or lead.dtype)
     if chosen.why_not(lead.device, lead.dtype):
         raise BackendError(f"{label}: backend {chosen.name!r} does not read {lead.dtype} parameters: convert the model")

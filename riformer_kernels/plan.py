@@ -47,6 +47,13 @@ def block_parameters(plan: BlockPlan, read: Callable[[str], Any]) -> BlockParame
     return BlockParameters(**tensors, eps1=plan.eps1, eps2=plan.eps2, per_position=plan.per_position, residual=True)
 
 
+def own_first_half(plan: BlockPlan) -> str | None:
+    """What the report says of a block whose second half alone the op computes; None for every other block."""
+    if plan.reason is not None or plan.kind is None or plan.kind.fuses_first_half:
+        return None
+    return f"first half runs its own modules ({plan.kind.name})"
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """A sequence of blocks. ``reason`` concerns the sequence itself; then no block of it is fused."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .modules import Backbone, child, reach
+from .modules import Backbone, child, owner, reach
 from .plan import BackbonePlan, BlockPlan, StagePlan, block_parameters
 from .snapshot import Snapshot
 
@@ -44,8 +44,7 @@ def _block_cells(block: nn.Module, plan: BlockPlan) -> tuple[Cell, ...]:
     """The cells of ``BlockParameters``, field by field."""
 
     def cell(path: str) -> Cell:
-        holder, _, name = path.rpartition(".")
-        return _cell(child(block, holder) if holder else block, name)
+        return _cell(*owner(block, path))
 
     found = block_parameters(plan, cell)
     return tuple(value if isinstance(value, tuple) else _constant(value) for value in found)

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from .block_kind import BlockKind, kind_of, norm1_path, unexpected_children
+from .block_kind import BlockKind, expected_mixers, kind_of, norm1_path, unexpected_children
 from .modules import HOOKS, Backbone, child, parameter
 from .plan import BackbonePlan, BlockPlan, EmbedPlan, HeadPlan, NormPlan, StagePlan
 
@@ -31,7 +31,7 @@ def why_not_backbone(module: nn.Module) -> str | None:
     if not any(kind_of(block) for block in blocks):
         mixer = child(blocks[0], "token_mixer") if blocks else None
         found = "" if mixer is None else f" (its token mixer is {type(mixer).__name__})"
-        return f"none of its {len(blocks)} blocks has RIFormer's norm_reparam, or norm1 with token_mixer.affine{found}"
+        return f"none of its {len(blocks)} blocks has RIFormer's {expected_mixers()}{found}"
     return None
 
 

@@ -25,6 +25,7 @@ from torch import nn
 from . import numerics
 from .backends import Backend
 from .block_kind import mixed, mlp_branch
+from .dtypes import name_of
 from .errors import VerificationError
 from .forward import run
 from .modules import STATE, Backbone, original_class
@@ -138,7 +139,7 @@ def verify(module: nn.Module) -> Verification:
         note = _random_parts(program)
         network = () if note else _network(backbone, program, state, dtype, shape)
         branches = tuple(_branches(backbone, program, state.backend_for(lead.device, dtype), dtype))
-    return Verification(str(dtype).removeprefix("torch."), shape, network, branches, note)
+    return Verification(name_of(dtype), shape, network, branches, note)
 
 
 def _image_size(plan: BackbonePlan) -> tuple[int, int]:

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from riformer_kernels import numerics
+from riformer_kernels.dtypes import DTYPES, name_of
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
 LAYOUTS = ("nchw", "channels_last", "offset", "sliced", "strided", "transposed", "expanded")
 
-per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 per_norm = pytest.mark.parametrize("norm", ["gn", "ln"])
 
 # -------------------------------------------------------------------------------------------------- values and layouts

@@ -21,13 +21,13 @@ from support_native import build
 from support_target import Setting, Target
 
 from riformer_kernels import backends, ops
+from riformer_kernels.dtypes import number_of
 from riformer_kernels.ops._library import overloads, register
 
 NAMESPACE = "riformer_emulated"
 NAME = "emulated"
 ARCHITECTURES = (80, 90)
 OTHERS = (86, 120)  # 99 KB of shared memory; the kernels of sm_80
-DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/common/dtypes.h
 
 
 def _fake_embed(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +57,7 @@ def choice(case: Block, architecture: int, processors: int) -> str:
     """What `block` would run."""
     positions = case.size[0] * case.size[1]
     return _C.riformer_cuda_choice(
-        case.batch, case.channels, case.width, positions, DTYPE_NUMBERS[case.dtype], architecture, processors
+        case.batch, case.channels, case.width, positions, number_of(case.dtype), architecture, processors
     ).decode()
 
 
@@ -104,6 +104,7 @@ EMULATED = Target(
     settings=_DEVICES,
     few=_ARCHITECTURES,
     one=_ARCHITECTURES[-1:],
+    dtypes=BACKEND.dtypes,
     width=8,
     grid={"block": BLOCKS, "head": HEADS},
     embeds_channels_last=True,

@@ -48,7 +48,9 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
-// PyTorch's name of an element type. A type without an overload does not compile in scalar_type_of.
+// PyTorch's name of an element type. A type without an overload does not compile.
+template <class T>
+ScalarType scalar_type_of_element(T) = delete;
 constexpr ScalarType scalar_type_of_element(float) { return ScalarType::Float; }
 constexpr ScalarType scalar_type_of_element(bf16) { return ScalarType::BFloat16; }
 constexpr ScalarType scalar_type_of_element(f16) { return ScalarType::Half; }
@@ -57,13 +59,26 @@ inline ScalarType scalar_type_of(DType dtype) {
   return with_dtype(dtype, [](auto element) { return scalar_type_of_element(element); });
 }
 
+// Whether this library's kernels take elements of `dtype`. Each bindings.cpp defines it.
+bool serves(DType dtype);
+
 inline DType dtype_of(ScalarType type, const char* name) {
-  for (const DType dtype : kDTypes)
+  int count = 0;
+  for (const DType dtype : kDTypes) {
+    if (!serves(dtype)) continue;
     if (scalar_type_of(dtype) == type) return dtype;
-  constexpr size_t kCount = sizeof(kDTypes) / sizeof(kDTypes[0]);
+    ++count;
+  }
   std::ostringstream served;
-  for (size_t i = 0; i < kCount; ++i)
-    served << (i == 0 ? "" : i + 1 < kCount ? ", " : " or ") << torch::headeronly::toString(scalar_type_of(kDTypes[i]));
+  int listed = 0;
+  for (const DType dtype : kDTypes) {
+    if (!serves(dtype)) continue;
+    served << (listed == 0          ? ""
+               : listed + 1 < count ? ", "
+                                    : " or ")
+           << torch::headeronly::toString(scalar_type_of(dtype));
+    ++listed;
+  }
   fail("riformer: ", name, " has dtype ", torch::headeronly::toString(type), ", expected ", served.str(),
        "; convert it first");
 }

@@ -15,9 +15,10 @@ struct f16 {
   uint16_t bits;
 };
 
-// The numbers are part of the interface with Python (riformer_kernels/backends/cuda.py).
+// The numbers are part of the interface with Python (riformer_kernels/dtypes.py), and the places in kDTypes.
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 constexpr DType kDTypes[] = {DType::f32, DType::bf16, DType::f16};
+constexpr int kDTypeCount = static_cast<int>(sizeof(kDTypes) / sizeof(kDTypes[0]));
 
 // What the kernels ask of an element type. A new dtype is an entry here, in DType, in kDTypes and in with_dtype.
 template <class T>
@@ -52,7 +53,7 @@ struct ElementTraits<f16> {
 // Calls f with a value of the element type that `dtype` names: with_dtype(dtype, [&](auto element) { using T =
 // decltype(element); ... }). The switch has no default, so that the compiler reports a DType without a case.
 template <class F>
-static inline auto with_dtype(DType dtype, F&& f) {
+static constexpr auto with_dtype(DType dtype, F&& f) {
   switch (dtype) {
     case DType::f32: return f(float{});
     case DType::bf16: return f(bf16{});
@@ -61,7 +62,29 @@ static inline auto with_dtype(DType dtype, F&& f) {
   fail_unknown_dtype(dtype);
 }
 
-// The same for two dtypes at once.
+// What follows finds a dtype that some of the lists above lack.
+static constexpr bool is_listed(DType wanted) {
+  for (const DType dtype : kDTypes)
+    if (dtype == wanted) return true;
+  return false;
+}
+
+struct DTypeOf {
+  template <class T>
+  constexpr DType operator()(T) const {
+    static_assert(is_listed(ElementTraits<T>::kDType), "with_dtype has a case for a dtype that kDTypes lacks");
+    return ElementTraits<T>::kDType;
+  }
+};
+
+static constexpr bool dtypes_agree() {
+  for (int i = 0; i < kDTypeCount; ++i)
+    if (static_cast<int>(kDTypes[i]) != i || with_dtype(kDTypes[i], DTypeOf{}) != kDTypes[i]) return false;
+  return true;
+}
+static_assert(dtypes_agree(), "kDTypes are in the order of their numbers, and an element's traits name its own DType");
+
+// with_dtype for two dtypes at once.
 template <class F>
 static inline auto with_dtypes(DType first, DType second, F&& f) {
   return with_dtype(first, [&](auto a) { return with_dtype(second, [&](auto b) { return f(a, b); }); });
@@ -71,6 +94,10 @@ static inline int64_t size_of(DType dtype) {
   return with_dtype(dtype, [](auto element) { return static_cast<int64_t>(sizeof(element)); });
 }
 
+// The value of an element in float32. A type without an overload does not compile: its values would be converted to a
+// type that has one, without a word.
+template <class T>
+float widen(T) = delete;
 static inline float widen(float value) { return value; }
 static inline float widen(bf16 value) {
   const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
@@ -96,6 +123,9 @@ static inline float widen(f16 value) {
   return out;
 }
 
+// The element that is nearest to a float32 value. A type without an overload does not compile.
+template <class T>
+void narrow(float, T&) = delete;
 static inline void narrow(float value, float& out) { out = value; }
 static inline void narrow(float value, bf16& out) {
   uint32_t bits;

@@ -8,6 +8,8 @@
 #include "../common/ops.h"
 #include "dispatch.h"
 
+bool riformer::serves(DType) { return true; }
+
 namespace {
 
 using namespace riformer;

@@ -9,6 +9,8 @@
 #include "../common/ops.h"
 #include "host.h"
 
+bool riformer::serves(DType dtype) { return cuda::kernels_serve(dtype); }
+
 namespace {
 
 using namespace riformer;

@@ -226,7 +226,7 @@ inline void launch_block_maps(const BlockArgs& args, float* maps, float* statist
   if (!args.per_position) return;
   const PositionArgs positions{
       args.x, maps, statistics, args.batch * args.positions, static_cast<int>(args.channels), args.eps1, args.eps2};
-  with_dtype(args.dtype, [&](auto element) { launch_positions<decltype(element)>(positions, args.device); });
+  with_served_dtype(args.dtype, [&](auto element) { launch_positions<decltype(element)>(positions, args.device); });
 }
 
 }  // namespace riformer::cuda

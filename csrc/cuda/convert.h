@@ -43,8 +43,8 @@ inline void launch_convert(const Device& device, const void* from, DType from_dt
   const ConvertArgs args{from, to, count, aligned};
   const int64_t thread_blocks = ceil_divide(count, int64_t{kConvertThreads} * kConvertValues);
   const Launch how{"convert", thread_blocks, kConvertThreads, 0, 1, device.stream};
-  with_dtype(from_dtype, [&](auto from_element) {
-    with_dtype(to_dtype, [&](auto to_element) {
+  with_served_dtype(from_dtype, [&](auto from_element) {
+    with_served_dtype(to_dtype, [&](auto to_element) {
       launch(convert_kernel<decltype(from_element), decltype(to_element)>, how, args);
     });
   });

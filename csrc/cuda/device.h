@@ -11,6 +11,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "../common/dtypes.h"
@@ -41,6 +43,11 @@ constexpr int kWarp = 32;
 
 template <class T>
 constexpr int kElementBytes = static_cast<int>(sizeof(T));
+
+// What the functions below that tell elements apart by their size know: four bytes are a float, two are a type that
+// pack() makes.
+template <class T>
+constexpr bool kIsFloatOr16Bit = std::is_same_v<T, float> || sizeof(T) == 2;
 
 // A piece: 16 bytes of a row, which one instruction loads, stores or copies. Everywhere in csrc/cuda "piece" means
 // this.
@@ -212,7 +219,10 @@ RIFORMER_DEVICE float unpack_high(uint32_t word) {
   return unpack_one<T>(word >> 16);
 }
 
-// Single values of any element type, for kernels that do little arithmetic.
+// Single values of any element type, for kernels that do little arithmetic. A type without an overload of to_float does
+// not compile.
+template <class T>
+float to_float(T) = delete;
 RIFORMER_DEVICE float to_float(float value) { return value; }
 RIFORMER_DEVICE float to_float(bf16 value) { return unpack_one<bf16>(value.bits); }
 RIFORMER_DEVICE float to_float(f16 value) { return unpack_one<f16>(value.bits); }
@@ -237,18 +247,35 @@ RIFORMER_DEVICE void store_word(void* address, uint32_t word) { *static_cast<uin
 RIFORMER_DEVICE Vec16 load_16(const void* address) { return *static_cast<const Vec16*>(address); }
 RIFORMER_DEVICE void store_16(void* address, const Vec16& value) { *static_cast<Vec16*>(address) = value; }
 
-// with_dtype (csrc/common/dtypes.h) for device code: calls f with a value of the element type that `dtype` names. A
-// kernel cannot fail on an unknown dtype, so launchers check what they pass on (check_dtypes in launch.h). The last
-// type has no test of its own on a GPU: a path for "unknown" would be one more exit of the loops around this, and nvcc
-// does not unroll such loops.
+[[noreturn]] inline void fail_unserved_dtype(const char* name) {
+  throw std::logic_error(std::string("riformer: the CUDA kernels do not serve ") + name);
+}
+
+// with_dtype (csrc/common/dtypes.h) for the dtypes that the CUDA kernels serve. Fails by name on any other.
+template <class F>
+inline auto with_served_dtype(DType dtype, const F& f) {
+  return with_dtype(dtype, [&](auto element) -> decltype(f(float{})) {
+    using Traits = ElementTraits<decltype(element)>;
+    if constexpr (kernels_serve(Traits::kDType))
+      return f(element);
+    else
+      fail_unserved_dtype(Traits::kName);
+  });
+}
+
+// with_served_dtype for device code: calls f with a value of the element type that `dtype` names. A kernel cannot fail
+// on an unknown dtype, so launchers check what they pass on (check_dtypes in launch.h). The last type has no test of
+// its own on a GPU: a path for "unknown" would be one more exit of the loops around this, and nvcc does not unroll such
+// loops.
 template <class F>
 RIFORMER_DEVICE auto with_dtype_on_device(DType dtype, const F& f) {
 #if defined(__CUDACC__)
+  static_assert(kServedDTypeCount == 3, "a dtype without a line here would be read as the last one");
   if (dtype == DType::f32) return f(float{});
   if (dtype == DType::bf16) return f(bf16{});
   return f(f16{});
 #else
-  return with_dtype(dtype, f);
+  return with_served_dtype(dtype, f);
 #endif
 }
 
@@ -257,7 +284,7 @@ RIFORMER_DEVICE float load_parameter(const Parameter& parameter, int64_t index) 
   if (parameter.dtype == DType::f32) return static_cast<const float*>(parameter.data)[index];
   const uint32_t bits = static_cast<const uint16_t*>(parameter.data)[index];
   return with_dtype_on_device(parameter.dtype, [=](auto element) {
-    static_assert(sizeof(element) == 4 || sizeof(element) == 2, "elements of another size need a load of their own");
+    static_assert(kIsFloatOr16Bit<decltype(element)>, "an element of another kind needs a load of its own");
     if constexpr (sizeof(element) == 2)
       return unpack_one<decltype(element)>(bits);
     else

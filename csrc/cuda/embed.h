@@ -224,7 +224,7 @@ void launch_embed_of(const EmbedArgs& given, const EmbedPlan& plan) {
 
 inline void launch_embed(const EmbedArgs& args) {
   check_dtypes({args.x_dtype, args.bias.dtype});
-  with_dtype(args.dtype, [&](auto element) { launch_embed_of<decltype(element)>(args, embed_plan(args)); });
+  with_served_dtype(args.dtype, [&](auto element) { launch_embed_of<decltype(element)>(args, embed_plan(args)); });
 }
 
 }  // namespace riformer::cuda

@@ -238,7 +238,8 @@ void launch_head_of(const HeadKernelArgs& args, const Device& device) {
 inline void launch_head(const HeadArgs& args) {
   float* const sums = static_cast<float*>(args.workspace);
   check_dtypes({args.norm_weight.dtype, args.norm_bias.dtype, args.fc_bias.dtype, args.out_dtype});
-  if (args.per_position) with_dtype(args.dtype, [&](auto element) { launch_pool<decltype(element)>(args, sums); });
+  if (args.per_position)
+    with_served_dtype(args.dtype, [&](auto element) { launch_pool<decltype(element)>(args, sums); });
   const HeadKernelArgs kernel{args.per_position ? sums : args.moments,
                               args.norm_weight,
                               args.norm_bias,
@@ -255,7 +256,8 @@ inline void launch_head(const HeadArgs& args) {
                               args.eps,
                               args.per_position,
                               reinterpret_cast<uintptr_t>(args.fc_weight.data) % 16 == 0};
-  with_dtype(args.fc_weight.dtype, [&](auto element) { launch_head_of<decltype(element)>(kernel, args.device); });
+  with_served_dtype(args.fc_weight.dtype,
+                    [&](auto element) { launch_head_of<decltype(element)>(kernel, args.device); });
 }
 
 }  // namespace riformer::cuda

@@ -16,6 +16,24 @@
 
 namespace riformer::cuda {
 
+// Whether the CUDA kernels have a form for a dtype. Of one for which this says false nothing is compiled, and the
+// launchers and the bindings refuse it by name. The switch has no default, so that a new dtype has to be decided on.
+constexpr bool kernels_serve(DType dtype) {
+  switch (dtype) {
+    case DType::f32:
+    case DType::bf16:
+    case DType::f16: return true;
+  }
+  return false;
+}
+
+constexpr int served_dtype_count() {
+  int count = 0;
+  for (const DType dtype : kDTypes) count += kernels_serve(dtype);
+  return count;
+}
+constexpr int kServedDTypeCount = served_dtype_count();
+
 // A parameter vector and its dtype, which may differ from that of the tokens. `data` is null where it is left out.
 struct Parameter {
   const void* data;

@@ -23,15 +23,17 @@ namespace riformer::cuda {
 
 constexpr int64_t kMostThreadBlocks = 2147483647;  // of a grid in its first direction (CUDA programming guide)
 
-// Fails by name on a dtype that is in no with_dtype. Launchers call it for every dtype that a kernel looks at itself.
+// Fails by name on a dtype that the CUDA kernels do not serve. Launchers call it for every dtype that a kernel looks at
+// itself.
 inline void check_dtypes(std::initializer_list<DType> dtypes) {
-  for (const DType dtype : dtypes) with_dtype(dtype, [](auto) {});
+  for (const DType dtype : dtypes) with_served_dtype(dtype, [](auto) {});
 }
 
-// with_dtype for kernels that have a form for 16-bit elements only: `kernels` names them in the error for any other.
+// with_served_dtype for kernels that have a form for 16-bit elements only: `kernels` names them in the error for any
+// other.
 template <class F>
 void with_16_bit_dtype(DType dtype, const char* kernels, const F& f) {
-  with_dtype(dtype, [&](auto element) {
+  with_served_dtype(dtype, [&](auto element) {
     if constexpr (sizeof(element) == 2)
       f(element);
     else

@@ -191,7 +191,7 @@ void launch_moments_of(const void* x, int64_t batch, int64_t positions, int64_t 
 // moments_partials_count values.
 inline void launch_moments(const void* x, DType dtype, int64_t batch, int64_t positions, int64_t channels,
                            float* moments, float* partials, const Device& device) {
-  with_dtype(dtype, [&](auto element) {
+  with_served_dtype(dtype, [&](auto element) {
     launch_moments_of<decltype(element)>(x, batch, positions, channels, moments, partials, device);
   });
 }

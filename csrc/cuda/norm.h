@@ -95,7 +95,7 @@ void launch_norm_of(const NormArgs& args) {
 
 inline void launch_norm(const NormArgs& args) {
   check_dtypes({args.weight.dtype, args.bias.dtype, args.out_dtype});
-  with_dtype(args.dtype, [&](auto element) { launch_norm_of<decltype(element)>(args); });
+  with_served_dtype(args.dtype, [&](auto element) { launch_norm_of<decltype(element)>(args); });
 }
 
 }  // namespace riformer::cuda

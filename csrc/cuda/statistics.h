@@ -99,6 +99,7 @@ RIFORMER_DEVICE ImageStatistics image_statistics(Team& team, const Mean& mean, c
 
 template <class T>
 RIFORMER_DEVICE void unpack_piece(const Vec16& piece, float (&values)[kPerPiece<T>]) {
+  static_assert(kIsFloatOr16Bit<T>, "pieces of another kind of element need a form of their own");
   if constexpr (sizeof(T) == 4) {
     std::memcpy(values, &piece, 16);
   } else {
@@ -112,6 +113,7 @@ RIFORMER_DEVICE void unpack_piece(const Vec16& piece, float (&values)[kPerPiece<
 
 template <class T>
 RIFORMER_DEVICE Vec16 pack_piece(const float* values) {
+  static_assert(kIsFloatOr16Bit<T>, "pieces of another kind of element need a form of their own");
   Vec16 piece;
   if constexpr (sizeof(T) == 4) {
     std::memcpy(&piece, values, 16);
@@ -128,6 +130,7 @@ RIFORMER_DEVICE void store_values(void* out, DType dtype, int64_t at, const floa
   static_assert(Count == 4 || Count == 8, "a piece of float32 or of 16-bit values");
   with_dtype_on_device(dtype, [&](auto element) {
     using Out = decltype(element);
+    static_assert(kIsFloatOr16Bit<Out>, "another kind of element needs a store of its own");
     Out* const target = static_cast<Out*>(out) + at;
     if constexpr (Count % kPerPiece<Out> == 0) {
       RIFORMER_UNROLL

@@ -6,6 +6,7 @@ import argparse
 import textwrap
 from collections.abc import Callable
 
+# Those of riformer_kernels.dtypes, written out because that module imports torch. A test compares them.
 DTYPES = ("float32", "bfloat16", "float16")
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

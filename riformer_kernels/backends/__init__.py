@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import dtypes
 from ..errors import BackendError
 from . import cpu, cuda, reference, triton
 from ._backend import Backend
@@ -46,7 +47,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     if device.type in served and any(backend.automatic and dtype in backend.dtypes for backend in ALL.values()):
         way_out = "`riformer-kernels info` shows what is built and usable here"
     else:
-        way_out = f"Move the model to {' or '.join(sorted(served))} and convert it to float32, bfloat16 or float16"
+        way_out = f"Move the model to {' or '.join(sorted(served))} and convert it to {dtypes.ANY}"
     raise BackendError(
         f"no backend serves {dtype} on {device} ({'; '.join(reasons)}). {way_out}, or ask for plain PyTorch with "
         "backend='reference'"

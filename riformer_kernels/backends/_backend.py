@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..dtypes import name_of
 from ..ops import ALL as OPS
 
 
@@ -48,6 +49,6 @@ class Backend:
         if self.devices and device.type not in self.devices:
             return f"it serves {', '.join(self.devices)} tensors"
         if dtype not in self.dtypes:
-            return f"it serves {', '.join(str(known).removeprefix('torch.') for known in self.dtypes)}"
+            return f"it serves {', '.join(map(name_of, self.dtypes))}"
         reason = self.unusable()
         return self.refuses(device) if reason is None and self.refuses is not None else reason

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import ops  # the schemas must exist before the library adds its kernels
+from ..dtypes import DTYPES
 from ..errors import BackendError
 from ..ops._library import NAMESPACE, overloads
 from ._backend import Backend
@@ -88,7 +89,7 @@ BACKEND = Backend(
     name="cpu",
     automatic=True,
     devices=("cpu",),
-    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    dtypes=DTYPES,
     unusable=unusable,
     detail=detail,
     ops=overloads(NAMESPACE, ops.ALL),

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .. import ops  # the schemas must exist before the library adds its kernels
+from ..dtypes import DTYPES, number_of
 from ..ops._library import CUDA_NAMESPACE, overloads
 from . import _devices
 from ._backend import Backend
@@ -85,7 +86,7 @@ def block_choice(
 ) -> str:
     """Which kernels with which tiles a block runs on a GPU of ``architecture`` (80, 90, ...) with so many
     multiprocessors; for reports. The library must be loaded."""
-    kind = (torch.float32, torch.bfloat16, torch.float16).index(dtype)  # as in csrc/common/dtypes.h
+    kind = number_of(dtype)
     found = _library().riformer_cuda_choice(batch, channels, hidden, positions, kind, architecture, processors)
     return found.decode()
 
@@ -97,7 +98,7 @@ BACKEND = Backend(
     name="cuda",
     automatic=True,
     devices=("cuda",),
-    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    dtypes=DTYPES,
     unusable=unusable,
     detail=_devices.current,
     refuses=why_not_device,

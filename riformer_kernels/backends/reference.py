@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import ops
+from ..dtypes import DTYPES
 from ._backend import Backend
 
 BACKEND = Backend(
@@ -12,7 +13,7 @@ BACKEND = Backend(
     multiple=1,
     automatic=False,
     devices=(),
-    dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    dtypes=(*DTYPES, torch.float64),
     unusable=lambda: None,
     detail=lambda: "plain PyTorch",
     ops={name: op.reference for name, op in ops.ALL.items()},

@@ -8,11 +8,10 @@ import dataclasses
 import pytest
 import torch
 from riformer.model import RIFormer
+from support_cases import DTYPES
 from torch import nn
 
 from riformer_kernels import VerificationError, backends, ops, patch, verification
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture

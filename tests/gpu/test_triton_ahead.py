@@ -13,7 +13,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: interpreted kernels cannot be compiled", allow_module_level=True)
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompilationError
+
 from riformer_kernels.backends.triton import ahead, block, choice, embed
+from riformer_kernels.backends.triton._math import gelu
 
 MATRIX_KERNELS = ("_fused_kernel", "_expand_kernel", "_project_kernel", "_conv_kernel")
 INSTRUCTIONS = {90: ("wgmma.mma",), 100: ("tcgen05.mma", "wgmma.mma", "mma.sync")}
@@ -169,6 +175,33 @@ def test_choice_is_frozen():
     narrow = dataclasses.replace(tile, columns=64)
     assert choice.choose_block(problem(320, 196)) == choice.BlockChoice(None, tile, narrow)
     assert choice.choose_block(problem(512, 49)) == choice.BlockChoice(None, tile, tile)
+
+
+def test_a_dtype_without_tiles_is_refused_by_name():
+    """It must not get the tiles of 16 bits without a word."""
+    for channels in (64, 512):
+        with pytest.raises(ValueError, match="no tiles for float64"):
+            choice.choose_block(problem(channels, 196, torch.float64))
+    with pytest.raises(ValueError, match="no tiles for float64"):
+        choice.choose_embed(choice.EmbedProblem(3, 64, 3136, torch.float64, 90))
+
+
+@triton.jit
+def _gelu_kernel(x, out):
+    at = tl.arange(0, 128)
+    tl.store(out + at, gelu(tl.load(x + at).to(tl.float32), out.dtype.element_ty).to(out.dtype.element_ty))
+
+
+@pytest.mark.parametrize("result", ["fp32", "bf16", "fp16", "fp64"])
+def test_gelu_refuses_a_dtype_that_it_has_no_form_for(result):
+    source = ASTSource(_gelu_kernel, signature={"x": f"*{result}", "out": f"*{result}"}, constexprs={})
+    target = GPUTarget("cuda", 80, 32)
+    if result == "fp64":
+        with pytest.raises(CompilationError) as caught:
+            triton.compile(source, target=target)
+        assert "gelu has no form for this dtype" in f"{caught.value}{caught.value.__cause__}"
+    else:
+        assert ("erf" in triton.compile(source, target=target).asm["ttir"]) == (result == "fp32")
 
 
 def test_problem_and_choice_print_what_they_are():

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ...dtypes import DTYPES
 from ...errors import BackendError
 from ...ops import ALL as OPS
 from ...ops._library import LIBRARIES, NAMESPACE, overloads
@@ -67,7 +68,7 @@ BACKEND = Backend(
     name="triton",
     automatic=True,
     devices=("cuda",),
-    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    dtypes=DTYPES,
     unusable=unusable,
     detail=_devices.current,
     refuses=why_not_device,

@@ -19,12 +19,13 @@ PHI_8 = tl.constexpr(3.569414252016512e-11)
 
 
 @triton.jit
-def gelu(x, EXACT: tl.constexpr):
-    """``x Phi(x)``. EXACT: through erf, for float32 results; otherwise the polynomial, for 16-bit ones, whose rounding
-    is coarser than its error, at about half the instructions."""
-    if EXACT:
+def gelu(x, RESULT: tl.constexpr):
+    """``x Phi(x)`` for a result in the dtype RESULT. Through erf for float32; by the polynomial for 16 bits, whose
+    rounding is coarser than its error, at about half the instructions."""
+    if tl.float32 == RESULT:
         phi = 0.5 * tl.math.erf(x * 0.7071067811865476) + 0.5
     else:
+        tl.static_assert((tl.bfloat16 == RESULT) or (tl.float16 == RESULT), "gelu has no form for this dtype")
         v = tl.minimum(tl.maximum(x, -PHI_CLAMP), PHI_CLAMP)
         s = v * v
         p = PHI_8 * s + PHI_7

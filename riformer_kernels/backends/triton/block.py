@@ -155,7 +155,7 @@ def _fused_kernel(
             h = add_product(normed[i], weight.to(dtype), h, PRECISION)
         if fc1_bias is not None:
             h += tl.load(fc1_bias + hidden, hidden < HIDDEN, 0.0).to(tl.float32)[None, :]
-        g = gelu(h, dtype == tl.float32).to(dtype)
+        g = gelu(h, dtype).to(dtype)
         added = ()
         for i in tl.static_range(chunks):
             channel = i * CHUNK + lane
@@ -222,7 +222,7 @@ def _expand_kernel(
         h = add_product(z, weight.to(dtype), h, PRECISION)
     if fc1_bias is not None:
         h += tl.load(fc1_bias + column, column < HIDDEN, 0.0).to(tl.float32)[None, :]
-    g = gelu(h, dtype == tl.float32).to(dtype)
+    g = gelu(h, dtype).to(dtype)
     tl.store(hidden + start * HIDDEN + row * HIDDEN + column[None, :], g, inside & (column < HIDDEN)[None, :])
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ...dtypes import name_of
+
 VERSION = 1
 # Shared memory that one program may use, in bytes (CUDA C++ programming guide, table of compute capabilities).
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -130,9 +132,20 @@ def _chunk(channels: int, most: int) -> int:
     return 32 if channels > 16 else 16
 
 
+def _is_float32(dtype: torch.dtype) -> bool:
+    """Whether the tables for float32 apply, and not those for 16 bits.
+
+    Raises:
+        ValueError: there are no tables for this dtype.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"the Triton kernels have no tiles for {name_of(dtype)}; add them to triton/choice.py")
+    return dtype == torch.float32
+
+
 def choose_block(problem: BlockProblem) -> BlockChoice:
     """The variant and tiles for a block."""
-    wide = problem.dtype == torch.float32
+    wide = _is_float32(problem.dtype)
     if problem.channels <= FUSED_CHANNELS:
         table = _FUSED_FLOAT32 if wide else _FUSED_16_BIT
         entries = table[_nearest(problem.architecture, table)]
@@ -147,7 +160,7 @@ def choose_block(problem: BlockProblem) -> BlockChoice:
 
 def choose_embed(problem: EmbedProblem) -> MatrixTile:
     """The tile for a stem or downsampling convolution."""
-    if problem.dtype == torch.float32:
+    if _is_float32(problem.dtype):
         tile = _MATRIX_FLOAT32[_nearest(problem.architecture, _MATRIX_FLOAT32)]
         return replace(tile, rows=_rows(problem.positions, tile.rows))
     columns = 64 if problem.channels % 128 else 128
