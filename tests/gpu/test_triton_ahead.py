@@ -23,7 +23,7 @@ from riformer_kernels.backends.triton._math import gelu
 
 MATRIX_KERNELS = ("_fused_kernel", "_expand_kernel", "_project_kernel", "_conv_kernel")
 INSTRUCTIONS = {90: ("wgmma.mma",), 100: ("tcgen05.mma", "wgmma.mma", "mma.sync")}
-# What 16-bit matrix kernels of the models may take: more, and a program less fits on a multiprocessor.
+# Programs of a 16-bit matrix kernel that have to fit on a multiprocessor.
 LEAST_PROGRAMS = 1
 
 _rows: list[tuple[str, int, ahead.Compiled]] = []
