@@ -7,8 +7,6 @@
 namespace riformer::emulator {
 namespace {
 
-constexpr int kWarp = 32;
-
 struct Copy {
   void* shared;
   const void* global;
