@@ -202,9 +202,10 @@ def test_moments_and_images_beyond_2_31_elements(monkeypatch):
 def test_the_probe_sees_offsets_of_32_bits(monkeypatch, tmp_path, kernel):
     """The same with the 64-bit conversion of one kernel taken out: it must not survive. In a process of its own, as
     what it reads may not be there."""
-    package = "riformer_kernels.backends.triton"
-    text = Path(block.__file__).read_text().replace("from . import", f"from {package} import")
-    text = text.replace("from .", f"from {package}.")
+    package, engine = "riformer_kernels.backends.triton", "riformer_kernels"
+    text = Path(block.__file__).read_text()
+    for relative, absolute in (("from ...", f"{engine}."), ("from . ", f"{package} "), ("from .", f"{package}.")):
+        text = text.replace(relative, f"from {absolute}")
     start = text.index(f"def _{kernel}_kernel(") if kernel != "none" else len(text)
     text = text[:start] + text[start:].replace("image.to(tl.int64) * positions", "image * positions", 1)
     path = tmp_path / "changed_block.py"
