@@ -243,11 +243,14 @@ void measure(const Kind& kind, int threads, double seconds, int samples) {
     all_finished.wait(lock, [&] { return finished == threads; });
     return std::chrono::duration<double>(Clock::now() - start).count();
   };
+  // The best of three: a single disturbed time would end the search with so few repeats that samples measure nothing
+  // but the threads' start. (Seen on a busy machine: a rate 2,000 times too low.)
+  const auto undisturbed = [&](long repeats) { return std::min({timed(repeats), timed(repeats), timed(repeats)}); };
   long count = 1;
-  double taken = timed(count);
+  double taken = undisturbed(count);
   while (taken < seconds / 2) {
     count = taken < seconds / 64 ? count * 8 : static_cast<long>(static_cast<double>(count) * seconds / taken);
-    taken = timed(count);
+    taken = undisturbed(count);
   }
   for (int s = 0; s < samples; ++s) {
     std::printf("%.6g\n", kind.per_repeat * static_cast<double>(count) * threads / timed(count));
