@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from support_block import Block
+from support_cases import RatiosExceeded, check_again, check_ratios
 from support_paths import TESTS
 
 FILES = sorted(TESTS.rglob("*.py"))
@@ -120,3 +123,35 @@ def test_a_support_module_with_a_test_is_noticed():
 def test_an_import_of_a_test_is_noticed():
     source = "import conftest\nfrom test_block import x\nimport test_norm as y\nimport support_cpu\n"
     assert imported_tests(source) == ["conftest", "test_block", "test_norm"]
+
+
+@pytest.mark.parametrize(
+    ("most", "others", "fails"), [(1.2, 0, False), (1.2, 1, False), (1.2, 2, True), (2.5, 0, True)]
+)
+def test_a_generated_case_fails_when_other_seeds_fail_too_or_by_far(most: float, others: int, fails: bool):
+    """``others``: how many of three more seeds exceed their limits. The first does so by the factor ``most``."""
+    seeds = []
+
+    def check(case: Block) -> None:
+        seeds.append(case.seed)
+        over = most if len(seeds) == 1 else 1.1
+        error = torch.tensor([[2.0 * over]])
+        if len(seeds) <= 1 + others:
+            check_ratios(error, torch.ones(1, 1), torch.zeros(1, 1), "drawn")
+
+    case = Block(8, (4, 4), torch.float32, "gn", seed=5)
+    if fails:
+        with pytest.raises(RatiosExceeded, match="drawn: max"):
+            check_again(check, case)
+    else:
+        check_again(check, case)
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_a_nan_is_no_chance():
+    def check(case: Block) -> None:
+        check_ratios(torch.tensor([[float("nan")]]), torch.ones(1, 1), torch.zeros(1, 1), "drawn")
+
+    with pytest.raises(RatiosExceeded) as caught:
+        check_again(check, Block(8, (4, 4), torch.float32, "gn"))
+    assert caught.value.most == float("inf")

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from support_block import PARAMETERS, Block, block_parameters, check_block
-from support_cases import DTYPES, LAYOUTS, draws, lay_out, tokens
+from support_cases import DTYPES, LAYOUTS, check_again, draws, lay_out, tokens
 from support_cpu import CPU, ISAS, OPS, selected
 from support_embed import Embed, check_embed, embed_parameters
 from support_head import check_head
@@ -45,7 +45,7 @@ blocks = st.builds(
 def test_block(isa, case):
     assume(case.work <= LIMIT)
     with selected(isa):
-        check_block(CPU.block, case, isa)
+        check_again(lambda drawn: check_block(CPU.block, drawn, isa), case)
 
 
 kernels = st.sampled_from(
@@ -69,7 +69,7 @@ def test_embed(isa, case):
         # test_embed.py has the model's.
         case = Embed(**{**vars(case), "layout": "nchw", "weight_layout": "nchw"})
     with selected(isa):
-        check_embed(CPU.embed, case, isa)
+        check_again(lambda drawn: check_embed(CPU.embed, drawn, isa), case)
 
 
 @given(
@@ -88,7 +88,7 @@ def test_norm_and_moments(isa, channels, size, dtype, norm, layout, batch, seed)
     assume((channels if norm == "ln" else channels * size[0] * size[1]) >= 8)
     case = Block(channels, size, dtype, norm, layout=layout, batch=batch, seed=seed)
     with selected(isa):
-        check_norm(CPU.norm, case, isa)
+        check_again(lambda drawn: check_norm(CPU.norm, drawn, isa), case)
         x = tokens(case, seed, channels)
         check_moments(OPS.moments(x), x, f"{isa} {case}")
 
@@ -98,7 +98,8 @@ def test_norm_and_moments(isa, channels, size, dtype, norm, layout, batch, seed)
 @PROFILE
 def test_head(isa, channels, size, dtype, norm, classes, batch, seed):
     with selected(isa):
-        check_head(CPU.head, Block(channels, size, dtype, norm, batch=batch, seed=seed), classes, isa)
+        case = Block(channels, size, dtype, norm, batch=batch, seed=seed)
+        check_again(lambda drawn: check_head(CPU.head, drawn, classes, isa), case)
 
 
 @given(isa=isas, case=blocks, count=st.integers(1, 4), data=st.data())
