@@ -273,12 +273,12 @@ struct BlockKernel {
 
   // Both products of a task. All panels meet one chunk of hidden channels before the next, so that its weights stay in
   // the second-level cache, and the hidden channels of one panel in the first-level cache.
-  void multiply_task(int64_t tokens, const Span* spans_end, RowPrefetcher next_x, const Memory& m) const {
+  void multiply_task(const Panels& cut, const Span* spans_end, RowPrefetcher next_x, const Memory& m) const {
     for (int64_t h0 = 0; h0 < args.hidden; h0 += choice.hidden_chunk) {
       const int64_t chunk = fc2.chunk_channels(h0);
       clear_rows<Gemm>(m.hidden, chunk, fc2.padded_depth(h0));
-      for (int64_t p = 0; p * kTokens < tokens; ++p) {
-        const int vectors = vectors_in<Gemm>(tokens, p);
+      for (int64_t p = 0; p < cut.count; ++p) {
+        const int vectors = vectors_in(cut, p);
         first_product(h0, 0, chunk, p, vectors, next_x, m);
         second_product(h0, 0, args.channels, p, vectors, spans_end, m);
       }
@@ -295,16 +295,16 @@ struct BlockKernel {
       return;
     }
     const Memory m = memory(base);
-    int64_t tokens;
+    const Panels cut = panels_of<Gemm>(tokens_of(tasks.tiles, first, last));
     // 1. The norms.
-    const int spans = cut_spans(tasks.tiles, first, last, kTokens, m.spans, &tokens);
-    clear_padding<Gemm>(m.z, tokens, args.channels, depth1);
+    const int spans = cut_spans(tasks.tiles, first, last, cut, m.spans);
+    clear_padding<Gemm>(m.z, cut, args.channels, depth1);
     if (args.per_position)
       for (int i = 0; i < spans; ++i) normalise_positions(m.spans[i], m);
     else
       normalise(spans, 0, args.channels, m);
     // 2. and 3. The products and the residual.
-    multiply_task(tokens, m.spans + spans, prefetcher_of_x(last, tokens), m);
+    multiply_task(cut, m.spans + spans, prefetcher_of_x(last, cut.tokens), m);
     // 4. The moments.
     if (args.moments_out)
       moments_of_tiles(static_cast<const T*>(args.out), tasks.tiles, first, last, args.channels, 0, args.channels,

@@ -16,10 +16,11 @@ struct SplitBlock {
 
   Kernel& kernel;
   Memory shared{};  // z, hidden and spans of the whole batch
-  int64_t tokens = 0;
+  Panels cut;
   int spans = 0;
 
-  explicit SplitBlock(Kernel& kernel_) : kernel(kernel_) {}
+  explicit SplitBlock(Kernel& kernel_)
+      : kernel(kernel_), cut(panels_of<Gemm>(kernel_.args.batch * kernel_.args.positions)) {}
 
   int64_t chunks() const { return (kernel.args.hidden + kernel.choice.hidden_chunk - 1) / kernel.choice.hidden_chunk; }
 
@@ -59,8 +60,8 @@ struct SplitBlock {
     for (int64_t h0 = 0; h0 < kernel.args.hidden; h0 += kernel.choice.hidden_chunk) {
       const int64_t chunk = kernel.fc2.chunk_channels(h0);
       const int64_t from = begin > h0 ? begin - h0 : 0, to = end - h0 < chunk ? end - h0 : chunk;
-      for (int64_t p = 0; from < to && p * Gemm::kTokens < tokens; ++p)
-        kernel.first_product(h0, from, to, p, vectors_in<Gemm>(tokens, p), nothing, m);
+      for (int64_t p = 0; from < to && p < cut.count; ++p)
+        kernel.first_product(h0, from, to, p, vectors_in(cut, p), nothing, m);
     }
   }
 
@@ -68,8 +69,8 @@ struct SplitBlock {
     Memory m;
     if (!thread_memory(&m)) return;
     for (int64_t h0 = 0; h0 < kernel.args.hidden; h0 += kernel.choice.hidden_chunk)
-      for (int64_t p = 0; p * Gemm::kTokens < tokens; ++p)
-        kernel.second_product(h0, begin, end, p, vectors_in<Gemm>(tokens, p), m.spans + spans, m);
+      for (int64_t p = 0; p < cut.count; ++p)
+        kernel.second_product(h0, begin, end, p, vectors_in(cut, p), m.spans + spans, m);
     if (kernel.args.moments_out)
       moments_of_tiles(static_cast<const T*>(kernel.args.out), kernel.tasks.tiles, 0, kernel.tasks.tiles.count(),
                        kernel.args.channels, begin, end, kernel.partial);
@@ -103,8 +104,8 @@ struct SplitBlock {
       return;
     }
     shared = shared_memory(base);
-    spans = cut_spans(kernel.tasks.tiles, 0, kernel.tasks.tiles.count(), Gemm::kTokens, shared.spans, &tokens);
-    clear_padding<Gemm>(shared.z, tokens, args.channels, kernel.depth1);
+    spans = cut_spans(kernel.tasks.tiles, 0, kernel.tasks.tiles.count(), cut, shared.spans);
+    clear_padding<Gemm>(shared.z, cut, args.channels, kernel.depth1);
     for (int64_t h0 = 0; h0 < args.hidden; h0 += kernel.choice.hidden_chunk)
       for (int64_t p = 0; p < kernel.panels; ++p)
         clear_rows<Gemm>(kernel.hidden_panel(h0, p, shared), kernel.fc2.chunk_channels(h0),

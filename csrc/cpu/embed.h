@@ -282,12 +282,12 @@ struct EmbedKernel {
   }
 
   // Adds the products with the chunk of input channels from `begin` on, for all panels.
-  void multiply_panels(int64_t begin, int64_t tokens, const Span* spans_end, const Memory& m) const {
+  void multiply_panels(int64_t begin, const Panels& cut, const Span* spans_end, const Memory& m) const {
     const bool final = begin + weights.chunk_channels(begin) >= args.in_channels;
     const WeightRows<Gemm> rows = weights.at(begin);
     const Span* first = m.spans;
-    for (int64_t p = 0; p * kTokens < tokens; ++p) {
-      const int vectors = vectors_in<Gemm>(tokens, p);
+    for (int64_t p = 0; p < cut.count; ++p) {
+      const int vectors = vectors_in(cut, p);
       float* sums = m.sums + p * weights.padded_rows() * kTokens;
       const Span* last = first;
       while (last < spans_end && last->panel == p) ++last;
@@ -311,16 +311,16 @@ struct EmbedKernel {
       return;
     }
     const Memory m = memory(base);
-    int64_t tokens;
-    const int spans = cut_spans(tasks.tiles, first, last, kTokens, m.spans, &tokens);
+    const Panels cut = panels_of<Gemm>(tokens_of(tasks.tiles, first, last));
+    const int spans = cut_spans(tasks.tiles, first, last, cut, m.spans);
     for (int64_t begin = 0; begin < args.in_channels; begin += weights.chunk) {
-      clear_padding<Gemm>(m.panels, tokens, round_up(weights.depth(begin), 2), panel_depth(begin));
+      clear_padding<Gemm>(m.panels, cut, round_up(weights.depth(begin), 2), panel_depth(begin));
       for (int i = 0, first_span = 0; i < spans; ++i) {
         if (i + 1 < spans && m.spans[i + 1].image == m.spans[i].image) continue;
         gather(m.spans + first_span, m.spans + i + 1, begin, m);
         first_span = i + 1;
       }
-      multiply_panels(begin, tokens, m.spans + spans, m);
+      multiply_panels(begin, cut, m.spans + spans, m);
     }
     if (args.moments_out)
       moments_of_tiles(static_cast<const T*>(args.out), tasks.tiles, first, last, args.channels, 0, args.channels,

@@ -80,7 +80,7 @@ constexpr int64_t task_bytes() {
 }
 
 // The most tokens that a task should take, however narrow the widths are.
-constexpr int64_t kMostTaskTokens = 384;
+constexpr int64_t kMostTaskTokens = 400;
 
 // c[kRows][kTokens] = or += kRows rows of weights, `stride` apart, times the panel. Calls the `run` for as many vectors
 // as hold tokens, so that a ragged last panel costs what it holds.

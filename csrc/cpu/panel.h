@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "lanes.h"
+#include "tiles.h"
 
 namespace riformer::RIFORMER_ISA {
 
@@ -41,12 +42,15 @@ struct FloatPanel {
   }
 };
 
-// The vectors that hold tokens in one panel of a task with `tokens` tokens; the last panel may be ragged.
+// The panels of a task with `tokens` tokens.
 template <class Gemm>
-inline int vectors_in(int64_t tokens, int64_t panel) {
-  const int64_t left = tokens - panel * Gemm::kTokens;
-  const int64_t vectors = (left + Vec::kLanes - 1) / Vec::kLanes;
-  return static_cast<int>(vectors < Gemm::kVectors ? vectors : Gemm::kVectors);
+inline Panels panels_of(int64_t tokens) {
+  return Panels(tokens, Gemm::kTokens, Vec::kLanes);
+}
+
+// The vectors that hold tokens in one panel.
+inline int vectors_in(const Panels& panels, int64_t panel) {
+  return static_cast<int>((panels.length(panel) + Vec::kLanes - 1) / Vec::kLanes);
 }
 
 // Sets the rows [depth, padded) of a panel to zero.
@@ -60,18 +64,16 @@ inline void clear_rows(typename Gemm::Element* panel, int64_t depth, int64_t pad
 // Sets to zero what the products read of a task's panels and no span writes: the lanes past the last token, and the
 // rows [depth, padded) of every panel.
 template <class Gemm>
-inline void clear_padding(typename Gemm::Element* panels, int64_t tokens, int64_t depth, int64_t padded) {
-  const int64_t count = (tokens + Gemm::kTokens - 1) / Gemm::kTokens;
-  const int64_t last = count - 1;
-  const int used = static_cast<int>(tokens - last * Gemm::kTokens);
-  const int edge = vectors_in<Gemm>(tokens, last) * Vec::kLanes;
-  typename Gemm::Element* ragged = panels + last * padded * Gemm::kTokens;
+inline void clear_padding(typename Gemm::Element* elements, const Panels& panels, int64_t depth, int64_t padded) {
+  const int64_t last = panels.count - 1;
+  const int used = static_cast<int>(panels.length(last)), edge = vectors_in(panels, last) * Vec::kLanes;
+  typename Gemm::Element* ragged = elements + last * padded * Gemm::kTokens;
   for (int64_t k = 0; k < depth && used < edge; k += 2)
     for (int token = used; token < edge; token += Vec::kLanes) {
       const int n = edge - token < Vec::kLanes ? edge - token : Vec::kLanes;
       Gemm::put(ragged, k, token, Vec::zero(), Vec::zero(), n);
     }
-  for (int64_t p = 0; p < count; ++p) clear_rows<Gemm>(panels + p * padded * Gemm::kTokens, depth, padded);
+  for (int64_t p = 0; p < panels.count; ++p) clear_rows<Gemm>(elements + p * padded * Gemm::kTokens, depth, padded);
 }
 
 }  // namespace riformer::RIFORMER_ISA
