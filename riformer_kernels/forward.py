@@ -16,6 +16,7 @@ from .backends import Backend
 from .block_kind import BlockKind, first_half
 from .errors import InputError
 from .modules import Backbone
+from .network import watched
 from .ops._library import memory_format_of
 from .patch_state import PatchState
 from .plan import BackbonePlan, BlockPlan, EmbedPlan, HeadPlan, NormPlan, StagePlan
@@ -203,15 +204,45 @@ def run(backbone: Backbone, program: Program | TracedProgram, state: PatchState,
     _check(x, lead, plan, autocast)
     if not autocast:
         dtype = state.compute_dtype or lead.dtype
-        forward = ForwardPass(backbone, program, state.backend_for(lead.device, dtype), dtype, contextlib.nullcontext)
+        backend = state.backend_for(lead.device, dtype)
+        done = _whole(program, backend, x, dtype, lead.dtype, lead.dtype)
+        if done is not None:
+            return done
+        forward = ForwardPass(backbone, program, backend, dtype, contextlib.nullcontext)
         return _steps(forward, plan, x, lead.dtype, lead.dtype)
     logits_dtype = torch.get_autocast_dtype(kind)
     features_dtype = torch.float32 if kind == "cuda" else lead.dtype
     dtype = state.compute_dtype or logits_dtype
+    backend = state.backend_for(lead.device, dtype)
     outer = lambda: torch.autocast(kind, dtype=logits_dtype)  # noqa: E731
-    forward = ForwardPass(backbone, program, state.backend_for(lead.device, dtype), dtype, outer)
     with torch.autocast(kind, enabled=False):
+        done = _whole(program, backend, x, dtype, features_dtype, logits_dtype)
+        if done is not None:
+            return done
+        forward = ForwardPass(backbone, program, backend, dtype, outer)
         return _steps(forward, plan, x, features_dtype, logits_dtype)
+
+
+def _whole(
+    program: Program | TracedProgram,
+    backend: Backend,
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    features_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+) -> Any:
+    """What the forward returns, computed by the backend in one call; None where it has to be computed by the parts."""
+    if backend.prepare is None or isinstance(program, TracedProgram) or x.shape[0] == 0 or watched(x):
+        return None
+    prepared = program.network.prepared(backend.prepare)
+    if prepared is None:
+        return None
+    x = _dense(x)
+    results = prepared.run(x, dtype, features_dtype, logits_dtype)
+    if program.plan.head is not None:
+        return results[0]
+    layout = memory_format_of(x)
+    return tuple(result.contiguous(memory_format=layout) for result in results)
 
 
 def _steps(

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from .modules import Backbone, child, owner, reach
+from .network import Network
+from .ops.block import BlockParameters
 from .plan import BackbonePlan, BlockPlan, StagePlan, block_parameters
 from .snapshot import Snapshot
 
@@ -78,6 +80,7 @@ class Program:
         store = "_former_parameters" if backbone.__dict__.get("_is_replica") else "_parameters"
         self._parameters = [module.__dict__[store] for module in backbone.modules()]
         self._lead = _cell(child(backbone, "patch_embed.proj"), "weight")
+        self.network = Network(self)
 
     def lead(self) -> torch.Tensor:
         """The stem's weight. Its dtype and device stand for the module's, and ``.to()`` may change them."""
@@ -90,6 +93,15 @@ class Program:
     def block(self, index: int, position: int, plan: BlockPlan) -> Sequence[Any]:
         """The fields of ``BlockParameters`` for one block's op."""
         return _fetch(self._blocks[index, position])
+
+    def pair_cells(self, name: str) -> tuple[Cell, Cell]:
+        """The cells of weight and bias of a convolution, norm or linear layer of the plan."""
+        return self._pairs[name]
+
+    def tensor_cells(self, index: int, position: int) -> list[Cell]:
+        """The cells of one block's tensors, those of ``BlockParameters`` without its settings."""
+        fields = zip(BlockParameters._fields, self._blocks[index, position], strict=True)
+        return [cell for name, cell in fields if name not in ("eps1", "eps2", "per_position", "residual")]
 
     def requires_grad(self) -> bool:
         """Whether any parameter wants gradients."""

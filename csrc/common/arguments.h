@@ -135,22 +135,32 @@ inline bool check_matrix(const Tensor& tensor, int64_t rows, int64_t columns, co
   return tensor.is_contiguous() || (tensor.stride(1) == 1 && tensor.stride(0) == columns);
 }
 
-// Checks and fills in the sizes and strides of a convolution. The caller fills in the pointers and what depends on the
-// device.
+// Fills in the sizes and strides of images.
 template <class Args>
-void describe_embed(Args& args, const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
+void describe_images(Args& args, const Tensor& x) {
   check_tokens(x, "embed");
-  if (weight.dim() != 4 || weight.size(1) != x.size(1))
-    fail("riformer::embed: weight has shape ", shape_of(weight), " for images of shape ", shape_of(x),
-         "; expected [channels, ", x.size(1), ", kernel height, kernel width]");
-  if (weight.size(1) * weight.size(2) * weight.size(3) == 0)
-    fail("riformer::embed: weight has shape ", shape_of(weight), ": there is nothing to sum");
-  if (stride < 1 || padding < 0)
-    fail("riformer::embed: stride ", stride, " and padding ", padding, ", expected >= 1 and >= 0");
   args.batch = x.size(0);
   args.in_channels = x.size(1);
   args.height = x.size(2);
   args.width = x.size(3);
+  args.stride_batch = x.stride(0);
+  args.stride_channel = x.stride(1);
+  args.stride_row = x.stride(2);
+  args.stride_column = x.stride(3);
+}
+
+// Checks and fills in what a convolution of the images that `args` describes has besides them. The caller fills in the
+// pointers and what depends on the device.
+template <class Args>
+void describe_convolution(Args& args, const Tensor& weight, int64_t stride, int64_t padding) {
+  if (weight.dim() != 4 || weight.size(1) != args.in_channels)
+    fail("riformer::embed: weight has shape ", shape_of(weight), " for images of shape [", args.batch, ", ",
+         args.in_channels, ", ", args.height, ", ", args.width, "]; expected [channels, ", args.in_channels,
+         ", kernel height, kernel width]");
+  if (weight.size(1) * weight.size(2) * weight.size(3) == 0)
+    fail("riformer::embed: weight has shape ", shape_of(weight), ": there is nothing to sum");
+  if (stride < 1 || padding < 0)
+    fail("riformer::embed: stride ", stride, " and padding ", padding, ", expected >= 1 and >= 0");
   args.channels = weight.size(0);
   args.kernel_height = weight.size(2);
   args.kernel_width = weight.size(3);
@@ -163,22 +173,19 @@ void describe_embed(Args& args, const Tensor& x, const Tensor& weight, int64_t s
          args.kernel_width, " kernel with padding ", padding);
   args.out_height = spare_height / stride + 1;
   args.out_width = spare_width / stride + 1;
-  args.stride_batch = x.stride(0);
-  args.stride_channel = x.stride(1);
-  args.stride_row = x.stride(2);
-  args.stride_column = x.stride(3);
 }
 
-// Checks and fills in everything of a block but its tokens and moments. `parameters` keeps the parameters alive.
+template <class Args>
+void describe_embed(Args& args, const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
+  describe_images(args, x);
+  describe_convolution(args, weight, stride, padding);
+}
+
+// Checks and fills in the parameters of a block whose tokens `args` describes. `parameters` keeps them alive.
 template <class Args, class Parameters>
-void describe_block(Args& args, Parameters& parameters, const Tensor& x, RIFORMER_BLOCK_PARAMETERS) {
-  check_tokens(x, "block");
-  args.dtype = dtype_of(x.scalar_type(), "x");
-  describe_tokens(args, x);
+void describe_block_parameters(Args& args, Parameters& parameters, RIFORMER_BLOCK_PARAMETERS) {
   args.hidden = fc1_weight.dim() > 0 ? fc1_weight.size(0) : 0;
   const int64_t channels = args.channels;
-  if (args.batch > 0 && args.positions == 0)
-    fail("riformer::block: x has shape ", shape_of(x), ": moments of no positions do not exist");
   if (channels % 8 || args.hidden % 8 || channels == 0 || args.hidden == 0)
     fail("riformer::block: ", channels, " channels and ", args.hidden,
          " hidden channels, expected multiples of 8; use backend='reference' for other widths");
@@ -203,6 +210,17 @@ void describe_block(Args& args, Parameters& parameters, const Tensor& x, RIFORME
   args.layer_scale_2 = parameters.vector(layer_scale_2, channels, "layer_scale_2");
   args.per_position = per_position;
   args.residual = residual;
+}
+
+// Checks and fills in everything of a block but the pointers of its tokens and moments.
+template <class Args, class Parameters>
+void describe_block(Args& args, Parameters& parameters, const Tensor& x, RIFORMER_BLOCK_PARAMETERS) {
+  check_tokens(x, "block");
+  args.dtype = dtype_of(x.scalar_type(), "x");
+  describe_tokens(args, x);
+  if (args.batch > 0 && args.positions == 0)
+    fail("riformer::block: x has shape ", shape_of(x), ": moments of no positions do not exist");
+  describe_block_parameters(args, parameters, RIFORMER_BLOCK_ARGUMENTS);
 }
 
 }  // namespace riformer

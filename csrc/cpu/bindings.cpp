@@ -1,61 +1,20 @@
-// The only file of the CPU library that knows torch: checks the arguments of the ops, lays out tensors, and calls the
-// chosen kernels. Built on the LibTorch stable ABI, so that one library serves every torch from 2.10 on.
+// The ops as torch calls them: checks their arguments, lays out tensors, and calls the chosen kernels. Built on the
+// LibTorch stable ABI, so that one library serves every torch from 2.10 on.
 #include <string>
 #include <tuple>
-#include <vector>
 
-#include "../common/arguments.h"
 #include "../common/ops.h"
-#include "dispatch.h"
+#include "host.h"
 
 bool riformer::serves(DType) { return true; }
 
 namespace {
 
 using namespace riformer;
-using riformer::cpu::Kernels;
-using riformer::cpu::Parameter;
-
-const Kernels& kernels() {
-  const Kernels* chosen = riformer::cpu::kernels();
-  if (!chosen) fail("riformer: no CPU kernels are selected: ", riformer::cpu::describe());
-  return *chosen;
-}
-
-riformer::cpu::Pool pool() {
-  const auto run = [](int64_t count, void (*task)(int64_t, int64_t, void*), void* context) {
-    torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) { task(begin, end, context); });
-  };
-  return {run, static_cast<int64_t>(torch::stable::get_num_threads())};
-}
-
-void report_memory(int64_t missing) {
-  if (missing) fail("riformer: out of memory: ", missing, " bytes of working memory could not be had");
-}
-
-// Hands parameters to the kernels and keeps them alive, contiguous copies too, while the kernels read them.
-struct Parameters {
-  std::vector<Tensor> held;
-
-  Parameter vector(const OptionalTensor& tensor, int64_t count, const char* name) {
-    if (!tensor.has_value()) return {};
-    check_vector(*tensor, count, name);
-    return hold(*tensor, name);
-  }
-  Parameter matrix(const Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
-    return check_matrix(tensor, rows, columns, name) ? keep(tensor, name) : hold(tensor, name);
-  }
-  // The tensor or, where it is not contiguous, a contiguous copy.
-  Parameter hold(const Tensor& tensor, const char* name) {
-    return keep(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor), name);
-  }
-  // The tensor as it lies in memory.
-  Parameter keep(const Tensor& tensor, const char* name) {
-    if (!tensor.is_cpu()) fail("riformer: ", name, " is not on the CPU, the tokens are");
-    held.push_back(tensor);
-    return {tensor.const_data_ptr(), dtype_of(tensor.scalar_type(), name)};
-  }
-};
+using riformer::cpu::chosen_kernels;
+using riformer::cpu::Parameters;
+using riformer::cpu::pool;
+using riformer::cpu::report_memory;
 
 Tensor like(const Tensor& x, ScalarType dtype) { return empty_tokens(x, dtype, MemoryFormat::Contiguous); }
 
@@ -84,31 +43,28 @@ Tensor moments(const Tensor& x) {
   if (args.batch * args.channels > 0) {
     if (args.positions == 0)
       fail("riformer::moments: x has shape ", shape_of(x), ": moments of no positions do not exist");
-    report_memory(kernels().moments(args));
+    report_memory(chosen_kernels().moments(args));
   }
   return out;
 }
 
 std::tuple<Tensor, Tensor> embed(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t stride,
                                  int64_t padding, ScalarType dtype, bool moments) {
+  Parameters parameters;
   riformer::cpu::EmbedArgs args{};
-  describe_embed(args, x, weight, stride, padding);
+  describe_images(args, x);
+  describe_weights(args, parameters, weight, bias, stride, padding);
   args.dtype = dtype_of(dtype, "the result");
   args.x_dtype = dtype_of(x.scalar_type(), "x");
   Tensor out = torch::stable::empty({args.batch, args.channels, args.out_height, args.out_width}, dtype, std::nullopt,
                                     x.device(), std::nullopt, MemoryFormat::Contiguous);
   Tensor out_moments = new_moments(x, moments ? args.channels : 0);
   if (args.batch == 0 || args.channels == 0) return {out, out_moments};
-  Parameters parameters;
-  // The kernel takes input channels two at a time; with an odd number the taps' order must be the contiguous one.
-  args.weight_channels_last = is_channels_last(weight) && args.in_channels % 2 == 0;
-  args.weight = args.weight_channels_last ? parameters.keep(weight, "weight") : parameters.hold(weight, "weight");
-  args.bias = parameters.vector(bias, args.channels, "bias");
   args.x = x.const_data_ptr();
   args.out = out.mutable_data_ptr();
   args.moments_out = moments ? static_cast<float*>(out_moments.mutable_data_ptr()) : nullptr;
   args.pool = pool();
-  report_memory(kernels().embed(args));
+  report_memory(chosen_kernels().embed(args));
   return {out, out_moments};
 }
 
@@ -126,7 +82,7 @@ std::tuple<Tensor, Tensor> block(const Tensor& x, const OptionalTensor& moments,
     args.x = tokens.const_data_ptr();
     args.out = out.mutable_data_ptr();
     args.moments_out = per_position ? nullptr : static_cast<float*>(out_moments.mutable_data_ptr());
-    report_memory(kernels().block(args));
+    report_memory(chosen_kernels().block(args));
   }
   return {in_layout_of(x, out), out_moments};
 }
@@ -145,7 +101,7 @@ void block_(Tensor x, OptionalTensor moments, RIFORMER_BLOCK_PARAMETERS) {
   args.x = tokens.const_data_ptr();
   args.out = tokens.mutable_data_ptr();
   args.moments_out = per_position ? nullptr : static_cast<float*>(held.mutable_data_ptr());
-  report_memory(kernels().block(args));
+  report_memory(chosen_kernels().block(args));
   if (!direct) torch::stable::copy_(x, tokens);
   if (!per_position && !moments->is_contiguous()) torch::stable::copy_(*moments, held);
 }
@@ -160,17 +116,14 @@ Tensor norm(const Tensor& x, const OptionalTensor& moments, const Tensor& weight
   args.dtype = dtype_of(dtype, "the result");
   describe_tokens(args, x);
   args.moments = moments_data(moments, x, per_position, held);
-  args.weight = parameters.vector(weight, args.channels, "weight");
-  args.bias = parameters.vector(bias, args.channels, "bias");
-  args.eps = eps;
-  args.per_position = per_position;
+  describe_norm(args, parameters, weight, bias, eps, per_position);
   args.pool = pool();
   Tensor out = like(x, dtype);
   if (args.batch * args.positions * args.channels > 0) {
     const Tensor tokens = torch::stable::contiguous(x);
     args.x = tokens.const_data_ptr();
     args.out = out.mutable_data_ptr();
-    report_memory(kernels().norm(args));
+    report_memory(chosen_kernels().norm(args));
   }
   return in_layout_of(x, out);
 }
@@ -184,14 +137,8 @@ Tensor head(const Tensor& x, const OptionalTensor& moments, const Tensor& norm_w
   args.x_dtype = dtype_of(x.scalar_type(), "x");
   args.dtype = dtype_of(dtype, "the result");
   describe_tokens(args, x);
-  args.classes = fc_weight.dim() > 0 ? fc_weight.size(0) : 0;
   args.moments = moments_data(moments, x, per_position, held);
-  args.norm_weight = parameters.vector(norm_weight, args.channels, "norm_weight");
-  args.norm_bias = parameters.vector(norm_bias, args.channels, "norm_bias");
-  args.eps = eps;
-  args.fc_weight = parameters.matrix(fc_weight, args.classes, args.channels, "fc_weight");
-  args.fc_bias = parameters.vector(fc_bias, args.classes, "fc_bias");
-  args.per_position = per_position;
+  describe_head(args, parameters, norm_weight, norm_bias, eps, fc_weight, fc_bias, per_position);
   args.pool = pool();
   Tensor out = torch::stable::empty({args.batch, args.classes}, dtype, std::nullopt, x.device());
   if (args.batch * args.classes == 0) return out;
@@ -200,7 +147,7 @@ Tensor head(const Tensor& x, const OptionalTensor& moments, const Tensor& norm_w
   Tensor tokens = per_position ? torch::stable::contiguous(x) : x;
   args.x = tokens.const_data_ptr();
   args.out = out.mutable_data_ptr();
-  report_memory(kernels().head(args));
+  report_memory(chosen_kernels().head(args));
   return out;
 }
 

@@ -97,7 +97,8 @@ struct Kernels {
 
 // Working memory of the calling thread, at least `bytes`, 64-byte aligned; null when memory is out. Valid until the
 // thread's next call for the same slot: 0 is a task's own memory, 1 is what a caller shares with the threads that it
-// starts. The memory is kept between calls, since the blocks of a stage ask for the same amount over and over.
+// starts, 2 is the tokens of a whole network. The memory is kept between calls, since the blocks of a stage ask for the
+// same amount over and over.
 void* thread_scratch(int64_t bytes, int slot = 0);
 
 }  // namespace riformer::cpu

@@ -15,7 +15,7 @@ struct Scratch {
 }  // namespace
 
 void* thread_scratch(int64_t bytes, int slot) {
-  static thread_local Scratch slots[2];
+  static thread_local Scratch slots[3];
   Scratch& scratch = slots[slot];
   if (bytes > scratch.bytes) {
     std::free(scratch.data);

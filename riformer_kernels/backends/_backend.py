@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..dtypes import name_of
+from ..network import Prepared
 from ..ops import ALL as OPS
 
 
@@ -26,6 +27,7 @@ class Backend:
         ops: the callable for each op of ``riformer_kernels.ops.ALL``, by the op's name and with its signature.
         refuses: why one device of a served type is not served all the same (an older GPU), or None; without it all are.
         compiles: whether kernels are compiled when they are first used, so that ``patch`` had better use them.
+        prepare: takes a whole network in one call, see ``network.py``; None where ops alone are offered.
         multiple: the numbers of channels, hidden ones too, must be multiples of it; 1: any number.
     """
 
@@ -38,6 +40,7 @@ class Backend:
     ops: Mapping[str, Callable[..., Any]]
     refuses: Callable[[torch.device], str | None] | None = None
     compiles: bool = False
+    prepare: Callable[..., Prepared] | None = None
     multiple: int = 8
 
     def __post_init__(self) -> None:

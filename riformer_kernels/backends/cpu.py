@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .. import ops  # the schemas must exist before the library adds its kernels
 from ..dtypes import DTYPES
 from ..errors import BackendError
+from ..network import Prepared
 from ..ops._library import NAMESPACE, overloads
 from ._backend import Backend
 
@@ -82,6 +84,13 @@ def detail() -> str:
     return str(isa_status()["chosen"])
 
 
+def prepare(kinds: list[int], values: list[Any], integers: list[int], reals: list[float]) -> Prepared:
+    """Tell the library of a network; see ``network.py``."""
+    library = torch.ops.riformer
+    number = library.network_prepare.default(kinds, values, integers, reals)
+    return Prepared(values, partial(library.network.default, number), partial(library.network_release.default, number))
+
+
 # Registering the kernels is all that happens at import; programs that torch.export or AOTInductor saved need no more.
 _load()
 
@@ -93,4 +102,5 @@ BACKEND = Backend(
     unusable=unusable,
     detail=detail,
     ops=overloads(NAMESPACE, ops.ALL),
+    prepare=prepare,
 )

@@ -267,7 +267,9 @@ def test_verify_fails_with_1(
     checkpoint: str, backend: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = backends.ALL[backend]
-    wrong = dataclasses.replace(plain, ops={**plain.ops, "head": lambda *a: plain.ops["head"](*a) * 1.001})
+    wrong = dataclasses.replace(
+        plain, ops={**plain.ops, "head": lambda *a: plain.ops["head"](*a) * 1.001}, prepare=None
+    )
     monkeypatch.setitem(backends.ALL, backend, wrong)
     arguments = ["verify", "--checkpoint", checkpoint, "--backend", backend, *QUICK, "--dtype", "float32"]
     assert main(arguments) == 1
@@ -356,7 +358,7 @@ def test_bench_verifies_first(
     monkeypatch.setitem(
         backends.ALL,
         backend,
-        dataclasses.replace(plain, ops={**plain.ops, "head": lambda *a: plain.ops["head"](*a) * 1.001}),
+        dataclasses.replace(plain, ops={**plain.ops, "head": lambda *a: plain.ops["head"](*a) * 1.001}, prepare=None),
     )
     assert main([*BENCH, "--backend", backend]) == 1
     out, err = capsys.readouterr()

@@ -210,7 +210,9 @@ def test_verification_error_restores(model, backend, monkeypatch):
         out, moments = plain.ops["block"](*arguments)
         return out * 1.01, moments
 
-    monkeypatch.setitem(backends.ALL, backend, dataclasses.replace(plain, ops={**plain.ops, "block": broken}))
+    monkeypatch.setitem(
+        backends.ALL, backend, dataclasses.replace(plain, ops={**plain.ops, "block": broken}, prepare=None)
+    )
     before = snapshot(model)
     with pytest.raises(VerificationError, match=r"network.0.0"):
         patch(model, backend=backend)

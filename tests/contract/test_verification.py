@@ -30,7 +30,9 @@ def broken(monkeypatch, backend):
                     moments.copy_(out_moments)
 
             functions["block_"] = block_
-        monkeypatch.setitem(backends.ALL, backend, dataclasses.replace(plain, ops={**plain.ops, **functions}))
+        monkeypatch.setitem(
+            backends.ALL, backend, dataclasses.replace(plain, ops={**plain.ops, **functions}, prepare=None)
+        )
         return plain
 
     return install

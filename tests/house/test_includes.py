@@ -17,7 +17,7 @@ SOURCES = {path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".c
 TORCH = re.compile(r'^\s*#\s*include\s*[<"](?:torch|ATen|c10|caffe2)/', re.MULTILINE)
 QUOTED = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 # Where bindings begin. What only bindings include belongs to them.
-BINDINGS = {path for path in SOURCES if path.name == "bindings.cpp"} | {CSRC / "common" / "arguments.h"}
+BINDINGS = {path for path in SOURCES if path.name.endswith("bindings.cpp")} | {CSRC / "common" / "arguments.h"}
 
 Texts = Mapping[Path, str]
 
