@@ -22,7 +22,7 @@ RESULTS = HERE / "results"
 MODEL = ("s12", 224)
 # Lengths are in pixels.
 WIDTH, MARGIN, NAMES, LABELS = 860, 16, 300, 170
-HEAD, FOOT, TITLE, STEP, GAP = 50, 34, 26, 20, 12
+HEAD, FOOT, TITLE, STEP, GAP = 50, 52, 26, 20, 12
 RADIUS = 4
 LEAST, MOST = 0.5, 1.5
 """The ratios at the ends of the axis, unless one lies beyond."""
@@ -77,7 +77,7 @@ def picture(found: Sequence[Machine]) -> str | None:
         y = bottom + GAP
     ahead = "right of the line this engine is faster; hollow: too noisy to judge"
     parts.append(svg.text(at(1), y + 10, "1", colour=svg.FAINT, size=12, anchor="middle"))
-    parts.append(svg.text(MARGIN, y + 10, ahead, colour=svg.FAINT, size=12))
+    parts.append(svg.text(MARGIN, y + 28, ahead, colour=svg.FAINT, size=12))
     return svg.document(WIDTH, y + FOOT - GAP, parts)
 
 

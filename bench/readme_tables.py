@@ -87,8 +87,7 @@ def table(found: Sequence[Cell]) -> str:
     """The comparison as Markdown: a row per cell. Columns that no cell has a figure for are left out."""
     columns = [(header, [value(cell) for cell in found]) for header, value in _columns()]
     columns = [(header, values) for header, values in columns if set(values) != {NOT_MEASURED}]
-    names = [_name(cell, one_model=len({cell.model for cell in found}) == 1) for cell in found]
-    lines = [(name, *(values[i] for _, values in columns)) for i, name in enumerate(names)]
+    lines = [(_name(cell), *(values[i] for _, values in columns)) for i, cell in enumerate(found)]
     return markdown([header for header, _ in columns], lines)
 
 
@@ -105,9 +104,8 @@ def _columns() -> list[tuple[str, Callable[[Cell], str]]]:
     ]
 
 
-def _name(cell: Cell, *, one_model: bool) -> str:
-    name = f"{cell.dtype}, batch {cell.batch}"
-    return name if one_model else f"{cell.arch.upper()} at {cell.size} px, {name}"
+def _name(cell: Cell) -> str:
+    return f"{cell.arch.upper()} at {cell.size} px, {cell.dtype}, batch {cell.batch}"
 
 
 def _times(value: float | None) -> str:
