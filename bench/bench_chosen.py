@@ -1,4 +1,4 @@
-"""The chosen instruction set against all others that the machine has, on the whole model: ``pytest bench -k chosen``."""
+"""The chosen instruction set against all others of the machine, on the whole model: ``pytest bench -k chosen``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def test_chosen_instruction_set_is_the_fastest(
             times = chosen.samples(call, names, seconds)
         found = chosen.ratios(times, first)
         print(f"{dtype_name(model_dtype)}, batch {batch}: {first} {batch / times[first].median:.1f} images/s, ", end="")
-        print(", ".join(f"{speed.median:.3f}x {name} ({speed.p20:.3f}..{speed.p80:.3f})" for name, speed in found.items()))
+        print(
+            ", ".join(f"{speed.median:.3f}x {name} ({speed.p20:.3f}..{speed.p80:.3f})" for name, speed in found.items())
+        )
         return found
 
     found = chosen.judged(measure, first)

@@ -17,8 +17,8 @@ from riformer_kernels.backends import cpu
 from riformer_kernels.timing import SHORTEST_SAMPLE, Ratio, Samples, ratio, rotate
 
 LEAST = 0.95
-"""How much slower the chosen set may be. Two sets that run the same instructions (avx512 and avx512_bf16 in float32) were
-0.94 to 1.02 times as fast as each other in eight measurements of 3 seconds on a shared machine. So one measurement
+"""How much slower the chosen set may be. Two sets that run the same instructions (avx512 and avx512_bf16 in float32)
+were 0.94 to 1.02 times as fast as each other in five measurements of 4 seconds on a shared machine. So one measurement
 alone decides nothing either (`judged`)."""
 
 
@@ -40,8 +40,8 @@ def findings(found: Mapping[str, Ratio], chosen: str) -> list[str]:
     Faster: by more than ``LEAST`` allows in the median of the rounds, and in 80 % of the rounds at all.
     """
     return [
-        f"{chosen} is chosen, but only {speed.median:.2f}x as fast as {name} ({speed.p20:.2f}..{speed.p80:.2f}, at least "
-        f"{LEAST:g} expected)"
+        f"{chosen} is chosen, but only {speed.median:.2f}x as fast as {name} "
+        f"({speed.p20:.2f}..{speed.p80:.2f}, at least {LEAST:g} expected)"
         for name, speed in found.items()
         if speed.median < LEAST and speed.p80 < 1
     ]

@@ -8,8 +8,9 @@
     python bench/plots.py bench/results/FILE.jsonl         # the plots again; summary.py for the small picture
 
 Writes one JSON object per line: first the machine ("kind": "header"), then "ceiling", "model" (those in int8 as well),
-"int8_accuracy", "growth", "growth_verdict" and "op" rows, and a "left_out" row for each step that there was no time for. Until it is complete, the
-rows are in FILE.partial (`journal.py`). Read it with ``pandas.read_json(path, lines=True)`` or line by line.
+"int8_accuracy", "growth", "growth_verdict" and "op" rows, and a "left_out" row for each step that there was no time
+for. Until it is complete, the rows are in FILE.partial (`journal.py`). Read it with
+``pandas.read_json(path, lines=True)`` or line by line.
 """
 
 from __future__ import annotations

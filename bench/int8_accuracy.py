@@ -22,7 +22,6 @@ from subject import NCHW, Subject
 from torch import Tensor
 from worker import Worker, WorkerError
 
-
 BATCH, DIGITS_BATCH = 16, 100
 EAGER = "eager_bfloat16"
 """The yardstick has a row as well: what it answers to the digits."""
@@ -66,9 +65,7 @@ def serve(folder: str, name: str, arch: Any, size: int) -> tuple[Callable[[], ob
     return lambda: None, {"detail": details["features"]}
 
 
-def rows(
-    arch: Any, size: int, names: Sequence[str], progress: Progress = lambda text: None
-) -> list[dict[str, Any]]:
+def rows(arch: Any, size: int, names: Sequence[str], progress: Progress = lambda text: None) -> list[dict[str, Any]]:
     """A row for each peer, and one for eager bfloat16. Errors are those of features, against float64.
 
     Raises:
@@ -94,7 +91,9 @@ def rows(
     ]  # fmt: skip
     for name in names:
         progress(f"quantising for {name}")
-        outcome: Mapping[str, Any] = {"reason": peers_int8.not_offered(made["features"].model) if name == OURS else None}
+        outcome: Mapping[str, Any] = {
+            "reason": peers_int8.not_offered(made["features"].model) if name == OURS else None
+        }
         if outcome["reason"] is None:
             outcome = _outcome(name, arch, size)
         ratios = None if outcome["reason"] else judge.ratios(name, outcome["features"])

@@ -42,9 +42,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 # ------------------------------------------------------------------------------------------------------------- rows
 
 
-def time_columns(
-    samples: Samples | None, ours: Samples | None, items: int, elsewhere: float | None
-) -> dict[str, Any]:
+def time_columns(samples: Samples | None, ours: Samples | None, items: int, elsewhere: float | None) -> dict[str, Any]:
     """Time, rate and ratio columns; None without samples. ``elsewhere``: see `machine.Elsewhere`."""
     keys = (
         "rounds", "ms", "ms_p20", "ms_p80", "ms_best", "spread", "images_per_s", "images_per_s_p20", "images_per_s_p80",

@@ -72,19 +72,23 @@ def quiet() -> Iterator[None]:
         select_algorithm.PRINT_AUTOTUNE = before
 
 
+def _attempt(make: Callable[[], Peer]) -> Peer | str:
+    """The peer, or why there is none."""
+    try:
+        return make()
+    except Exception as error:
+        return describe(error)
+
+
 def fastest(attempts: Mapping[str, Callable[[], Peer]], x: Tensor) -> Peer:
     """The fastest of several ways to run the same peer. What the others took, or why one failed, is in its detail.
 
     Raises:
         RuntimeError: all of them failed.
     """
-    made: dict[str, Peer] = {}
-    failed: dict[str, str] = {}
-    for label, make in attempts.items():
-        try:
-            made[label] = make()
-        except Exception as error:
-            failed[label] = describe(error)
+    attempted = {label: _attempt(make) for label, make in attempts.items()}
+    made = {label: found for label, found in attempted.items() if isinstance(found, Peer)}
+    failed = {label: found for label, found in attempted.items() if isinstance(found, str)}
     if not made:
         raise RuntimeError("; ".join(f"{label}: {reason}" for label, reason in failed.items()))
     with torch.inference_mode():

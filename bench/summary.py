@@ -77,9 +77,8 @@ def _panel(cell: Cell, names: Sequence[str], left: float, top: float, width: flo
             continue
         length = (width - FIGURES) * row["images_per_s"] / most
         ours = row["peer"] == OURS
-        parts.append(
-            f'<rect x="{left:.1f}" y="{y}" width="{length:.1f}" height="{BAR}" fill="{svg.BLUE if ours else svg.GREY}"/>'
-        )
+        fill = svg.BLUE if ours else svg.GREY
+        parts.append(f'<rect x="{left:.1f}" y="{y}" width="{length:.1f}" height="{BAR}" fill="{fill}"/>')
         figure = f"{row['images_per_s']:.0f}" + (" (noisy)" if is_noisy(row) else "")
         parts.append(svg.text(left + length + 6, y + BAR - 4, figure, bold=ours))
     return parts

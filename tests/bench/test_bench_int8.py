@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -213,7 +215,9 @@ def test_rows_with_and_without_ours(fakes: None, monkeypatch: pytest.MonkeyPatch
     rows = {row["peer"]: row for row in found}
     assert list(rows) == peers.names(int8=True) and {row["dtype"] for row in found} == {"int8"}
     assert rows["onnxruntime"]["reason"] == "onnxruntime is gone"
-    assert rows["openvino_latency"]["images_per_s"] == 2.0 and rows["ours_bfloat16"]["images_per_s"] == pytest.approx(8 / 3)
+    assert rows["openvino_latency"]["images_per_s"] == 2.0 and rows["ours_bfloat16"]["images_per_s"] == pytest.approx(
+        8 / 3
+    )
     assert rows["openvino_latency"]["error_ratio_rms"] < 0.01, "float32 against eager bfloat16"
     assert rows["ours"]["reason"] == refusal
     if refusal:
@@ -243,6 +247,23 @@ def test_accuracy_rows(fakes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     head = {"cpu": "x", "cores": 2, "torch_threads": 2, "isa": "avx2", "torch": "2.13", "dirty": False, "commit": None}
     text = module("tables").report([head, *found])
     assert "digits as float64" in text and "onnxruntime: onnxruntime is gone" in text
+
+
+def test_the_fastest_way_stays_and_says_what_the_others_did() -> None:
+    torch_peers, subject = module("peers_torch"), module("subject")
+
+    def way(seconds: float) -> object:
+        return lambda: subject.Peer("it", "rewritten", lambda x: time.sleep(seconds), subject.NCHW, "a peer")
+
+    def fails() -> object:
+        raise ValueError("no such layout")
+
+    x = torch.ones(1)
+    found = torch_peers.fastest({"slow": way(0.02), "quick": way(0.002), "odd": fails}, x)
+    pattern = r"a peer, quick \(chosen at 2\.\d+ ms; 2\d(\.\d)? ms slow; odd failed: ValueError: no such layout\)"
+    assert re.fullmatch(pattern, found.detail), found.detail
+    with pytest.raises(RuntimeError, match="odd: ValueError: no such layout; even: "):
+        torch_peers.fastest({"odd": fails, "even": fails}, x)
 
 
 def test_digit_columns_count_answers() -> None:

@@ -1,4 +1,4 @@
-"""The bench that fails when the chosen instruction set is slower than another one: its judgement, on made-up timings."""
+"""The bench that fails when the chosen instruction set is slower than another: its judgement, on made-up timings."""
 
 from __future__ import annotations
 

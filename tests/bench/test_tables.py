@@ -75,7 +75,10 @@ def test_summary_has_a_bar_for_each_peer_of_each_panel() -> None:
 
 def test_summary_says_what_everybody_was_limited_to_and_leaves_int8_out() -> None:
     limited = [{**found, "isa_limit": "avx2"} for found in rows()[:-1]]
-    quantised = [row("ours", None, dtype="int8", reason="not offered by this version: x"), row("eager", 9.0, dtype="int8")]
+    quantised = [
+        row("ours", None, dtype="int8", reason="not offered by this version: x"),
+        row("eager", 9.0, dtype="int8"),
+    ]
     drawn = module("summary").picture(HEAD, [*limited, *quantised])
     assert "images per second, everybody limited to AVX2" in drawn and "int8" not in drawn
     assert "limited" not in module("summary").picture(HEAD, rows())
