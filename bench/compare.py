@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """The comparison of the patched model with its peers: tables, JSON lines and plots.
 
-    python bench/compare.py                                # about an hour on 2 cores, most of it torch.compile
+    python bench/compare.py                                # an hour and a half on 2 cores, mostly torch.compile
     python bench/compare.py --quick                        # five minutes, without torch.compile: a look, not a result
     python bench/compare.py --resume                       # goes on where the last run was interrupted
     python bench/compare.py --rows model --batch 16 --dtype bfloat16
+    python bench/compare.py --rows int8                    # the peers that compute in int8, and how accurate they are
     python bench/plots.py bench/results/FILE.jsonl         # the plots again; summary.py for the small picture
 
 Writes one JSON object per line: first the machine ("kind": "header"), then "ceiling", "model" (those in int8 as well),

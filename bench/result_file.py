@@ -28,8 +28,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
 SETS = {
     "amx": "AMX",
     "avx512_bf16": "AVX-512 with BF16",
+    "avx512_vnni": "AVX-512 with VNNI, without BF16",
     "avx512": "AVX-512 without BF16",
+    "avx2_vnni": "AVX2 with VNNI",
     "avx2": "AVX2",
+    "neon_bf16": "NEON with BF16",
     "neon": "NEON",
 }
 """The processors' instruction sets, the best first, as readers know them."""
