@@ -123,7 +123,7 @@ def _model_report(group: list[dict[str, Any]]) -> list[str]:
         lines.append(f"{first['elsewhere']:.0%} of the processors' time went to other processes meanwhile")
     for form, what in ((peers.UNCHANGED, "the unchanged model"), (peers.REWRITTEN, "the model rewritten by hand")):
         best = measure.best_peer(group, form)
-        if best is not None:
+        if best is not None and best["ratio"] is not None:
             judged = f" ({best['verdict']})" if best["verdict"] == TOO_NOISY else ""
             lines.append(f"{best['ratio']:.2f}x the best peer on {what}, {best['peer']}{judged}")
     return lines

