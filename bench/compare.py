@@ -196,7 +196,8 @@ class Plan:
         arch, size = self.options.arch, self.options.size
         missing = digit_images.available()
         if missing:
-            row = {"kind": "int8_accuracy", "arch": arch, "size": size, "peer": None, "reason": missing}
+            name = arch if isinstance(arch, str) else "custom"
+            row = {"kind": "int8_accuracy", "arch": name, "size": size, "peer": None, "reason": missing}
             yield Step("int8", 1, lambda say: [row])
             return
         for batch in self.batches:
@@ -317,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with threads(options.threads):
         plan = Plan(options, usable_cpus())
         head = header(plan)
-        limits = plan.limits if set(plan.kinds) <= {"isa", "ceilings"} else ()
+        limits = plan.limits if "isa" in plan.kinds and set(plan.kinds) <= {"isa", "ceilings"} else ()
         path = options.out or default_path(head, options.quick, limits)
         try:
             # Beside the old result until this one is complete.

@@ -49,20 +49,20 @@ def subjects(arch: Any, size: int) -> dict[str, Subject]:
 def inputs(subject: Subject, part: str) -> list[Tensor]:
     """The batches of a part that are judged."""
     if part == "features":
-        return peers.Judge(subject).inputs
+        return peers.judged_inputs(subject)
     return list(digit_images.labelled()[0].bfloat16().float().split(DIGITS_BATCH))
 
 
 def serve(folder: str, name: str, arch: Any, size: int) -> tuple[Callable[[], object], dict[str, Any]]:
     """A worker's target: what the peer ``name`` computes for each part goes to the folder; there is nothing to time."""
-    details = {}
+    details = []
     for part, subject in subjects(arch, size).items():
         peer = peers.factories(int8=True)[name][1](subject)
         batches = inputs(subject, part)
         count = sum(map(len, batches))
         torch.save(peers.outputs(peer.run, batches, peer.layout, count), Path(folder) / f"{name}.{part}.pt")
-        details[part] = peer.detail
-    return lambda: None, {"detail": details["features"]}
+        details.append(peer.detail)
+    return lambda: None, {"detail": details[PARTS.index("features")]}
 
 
 def rows(arch: Any, size: int, names: Sequence[str], progress: Progress = lambda text: None) -> list[dict[str, Any]]:

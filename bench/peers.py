@@ -85,8 +85,7 @@ def serve(folder: str, name: str, limit: str | None = None) -> tuple[Callable[[]
     peer = factories(subject.int8)[name][1](subject)
     assert peer.run is not None
     inputs = torch.load(Path(folder) / INPUTS, weights_only=True)
-    count = CHECKED_INT8 if subject.int8 else CHECKED
-    torch.save(outputs(peer.run, inputs, peer.layout, count), Path(folder) / f"{name}.pt")
+    torch.save(outputs(peer.run, inputs, peer.layout, _judged(subject)), Path(folder) / f"{name}.pt")
     call = peer.on(subject.x)
     call()
     return call, {"detail": peer.detail, "batches": peer.batches}
@@ -114,6 +113,21 @@ def outputs(
     return torch.cat([(part[-1] if isinstance(part, tuple) else part).clone() for part in found])[:count]
 
 
+def judged_inputs(subject: Subject) -> list[Tensor]:
+    """Batches of the subject's size, of at least as many images as are judged; digits in int8."""
+    batch, channels, _, size = subject.x.shape
+    images = -(-_judged(subject) // batch) * batch
+    if subject.int8:
+        x = digit_images.held_out(images, size, channels).bfloat16().float()
+    else:
+        x = random_images(images, size, subject.x.dtype, seed=2)
+    return [part.clone() for part in x.split(batch)]
+
+
+def _judged(subject: Subject) -> int:
+    return CHECKED_INT8 if subject.int8 else CHECKED
+
+
 class Judge:
     """Error figures of every peer on the same images, against float64 and eager PyTorch (the error-ratio rule).
 
@@ -126,15 +140,9 @@ class Judge:
     """
 
     def __init__(self, subject: Subject) -> None:
-        batch, channels, _, size = subject.x.shape
-        self.count = CHECKED_INT8 if subject.int8 else CHECKED
-        images = -(-self.count // batch) * batch
-        if subject.int8:
-            x = digit_images.held_out(images, size, channels).bfloat16().float()
-        else:
-            x = random_images(images, size, subject.x.dtype, seed=2)
+        self.count = _judged(subject)
+        self.inputs = judged_inputs(subject)
         self._int8 = subject.int8
-        self.inputs = [part.clone() for part in x.split(batch)]
         eager = copy.deepcopy(subject.model).bfloat16() if subject.int8 else subject.model
         inputs = [part.bfloat16() for part in self.inputs] if subject.int8 else self.inputs
         golden = copy.deepcopy(subject.model).double()
