@@ -24,7 +24,7 @@ test-fast: $(VENV)/.test
 bench: $(VENV)/.test
 	$(PYTEST) bench --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
 
-# About an hour on two cores, on a machine that does nothing else; COMPARE="--quick" for a few minutes.
+# About an hour and a half on two cores, on a machine that does nothing else; COMPARE="--quick" for a few minutes.
 compare: $(VENV)/.peers
 	$(BIN)/python bench/compare.py $(COMPARE)
 

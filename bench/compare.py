@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """The comparison of the patched model with its peers: tables, JSON lines and plots.
 
-    python bench/compare.py                                # about an hour on 2 cores, most of it torch.compile
+    python bench/compare.py                                # an hour and a half on 2 cores, mostly torch.compile
     python bench/compare.py --quick                        # five minutes, without torch.compile: a look, not a result
     python bench/compare.py --resume                       # goes on where the last run was interrupted
     python bench/compare.py --rows model --batch 16 --dtype bfloat16
+    python bench/compare.py --rows int8                    # the peers that compute in int8, and how accurate they are
     python bench/plots.py bench/results/FILE.jsonl         # the plots again; summary.py for the small picture
 
-Writes one JSON object per line: first the machine ("kind": "header"), then "ceiling", "model", "growth",
-"growth_verdict" and "op" rows, and a "left_out" row for each step that there was no time for. Until it is complete, the
-rows are in FILE.partial (`journal.py`). Read it with ``pandas.read_json(path, lines=True)`` or line by line.
+Writes one JSON object per line: first the machine ("kind": "header"), then "ceiling", "model" (those in int8 as well),
+"int8_accuracy", "growth", "growth_verdict" and "op" rows, and a "left_out" row for each step that there was no time
+for. Until it is complete, the rows are in FILE.partial (`journal.py`). Read it with
+``pandas.read_json(path, lines=True)`` or line by line.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import digit_images
 import growth
+import int8_accuracy
 import isa
 import machine
 import measure
@@ -38,6 +42,7 @@ from budget import Budget, OutOfTimeError
 from child import HERE
 from journal import Journal, JournalError
 from progress import Progress
+from result_file import forced_set, machine_set
 
 from riformer_kernels.dtypes import NAMES
 from riformer_kernels.errors import BackendError
@@ -48,9 +53,11 @@ RESULTS = HERE / "results"
 FULL_SECONDS, QUICK_SECONDS = 6.0, 0.4
 QUICK_LIMIT = 300.0
 """Seconds for the whole of ``--quick``."""
-ROWS = ("ceilings", "model", "larger", "isa", "growth", "ops")
+ROWS = ("ceilings", "model", "int8", "larger", "isa", "growth", "ops")
 QUICK_ROWS = ("ceilings", "model", "ops", "growth", "isa")
 """Those of ``--quick``, the most important first: what there is no time for is left out."""
+QUANTISING = 30
+"""About the seconds that a peer in int8 needs before it can be timed."""
 LARGER = (("s12", 384, 16, torch.bfloat16), ("m48", 224, 16, torch.bfloat16))
 """Beside the chosen model: more pixels, and the largest model. On these, peers on the unchanged model only."""
 
@@ -68,11 +75,12 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=ROWS,
         metavar="KIND",
-        help=f"of {', '.join(ROWS)} (default: all; --quick: no larger)",
+        help=f"of {', '.join(ROWS)} (default: all; --quick: no int8 and no larger)",
     )
     add("--out", type=Path, metavar="FILE", help="default: bench/results/<processor>-<instruction set>.jsonl")
     add("--threads", type=_positive, metavar="N", help="of every peer (default: PyTorch's own choice)")
-    add("--peers", nargs="+", choices=list(peers.FACTORIES), metavar="PEER", help=f"of {', '.join(peers.FACTORIES)}")
+    known = list(dict.fromkeys([*peers.factories(int8=False), *peers.factories(int8=True)]))
+    add("--peers", nargs="+", choices=known, metavar="PEER", help=f"of {', '.join(known)}")
     add("--no-compile", action="store_true", help="without torch.compile, which takes minutes per row")
     add("--no-memory", action="store_true", help="no memory measurements")
     add("--no-plots", action="store_true", help="the result file alone")
@@ -115,7 +123,7 @@ class Plan:
     def __init__(self, options: argparse.Namespace, cores: int) -> None:
         self.quick = options.quick
         self.seconds = options.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS)
-        order = (*QUICK_ROWS, "larger") if options.quick else ROWS
+        order = (*QUICK_ROWS, "int8", "larger") if options.quick else ROWS
         self.kinds = [kind for kind in order if kind in (options.rows or (QUICK_ROWS if options.quick else ROWS))]
         self.batches = options.batch or ([16] if options.quick else [1, 16])
         self.dtypes = tuple(getattr(torch, name) for name in options.dtype)
@@ -135,8 +143,8 @@ class Plan:
 
     def steps(self) -> list[Step]:
         made = {
-            "ceilings": self._ceilings, "model": self._model, "larger": self._larger, "isa": self._isa,
-            "growth": self._growth, "ops": self._ops,
+            "ceilings": self._ceilings, "model": self._model, "int8": self._int8, "larger": self._larger,
+            "isa": self._isa, "growth": self._growth, "ops": self._ops,
         }  # fmt: skip
         return [step for kind in self.kinds for step in made[kind]()]
 
@@ -154,13 +162,17 @@ class Plan:
         name = measure.dtype_name(dtype)
         return peak.ceiling(self.ceilings, name, limit or isa.best(), torch.get_num_threads())
 
+    def _names(self, rewritten: bool = True, *, int8: bool = False) -> list[str]:
+        """Of the peers that the options ask for; ours always."""
+        found = peers.names(self.compiled, rewritten, int8)
+        wanted = self.options.peers
+        return [name for name in found if not wanted or name == peers.OURS or name in wanted]
+
     def _cell(
         self, arch: Any, size: int, batch: int, dtype: torch.dtype, *, rewritten: bool = True, memory: bool = False,
         limit: str | None = None,
     ) -> Step:  # fmt: skip
-        names = peers.names(self.compiled, rewritten)
-        if self.options.peers:
-            names = [name for name in names if name == peers.OURS or name in self.options.peers]
+        names = self._names(rewritten, int8=dtype == torch.int8)
 
         def rows(say: Callable[[str], None]) -> list[dict[str, Any]]:
             return measure.model(
@@ -169,7 +181,8 @@ class Plan:
             )  # fmt: skip
 
         name = f"{arch if isinstance(arch, str) else 'custom'} at {size} px, {measure.dtype_name(dtype)}, batch {batch}"
-        weight = sum(10 + self.seconds + 100 * (peer in peers.COMPILED) for peer in names)
+        build = QUANTISING if dtype == torch.int8 else 10
+        weight = sum(build + self.seconds + 100 * (peer in peers.COMPILED) for peer in names)
         name += f", at most {limit}" if limit else "" if rewritten else ", unchanged peers"
         return Step(name, weight, rows)
 
@@ -178,6 +191,20 @@ class Plan:
         for dtype in self.dtypes:
             for batch in self.batches:
                 yield self._cell(options.arch, options.size, batch, dtype, memory=not options.no_memory)
+
+    def _int8(self) -> Iterator[Step]:
+        arch, size = self.options.arch, self.options.size
+        missing = digit_images.available()
+        if missing:
+            name = arch if isinstance(arch, str) else "custom"
+            row = {"kind": "int8_accuracy", "arch": name, "size": size, "peer": None, "reason": missing}
+            yield Step("int8", 1, lambda say: [row])
+            return
+        for batch in self.batches:
+            yield self._cell(arch, size, batch, torch.int8)
+        names = self._names(int8=True)
+        weight = sum(QUANTISING + 100 * (peer in peers.COMPILED) for peer in names)
+        yield Step("accuracy of int8", weight, lambda say: int8_accuracy.rows(arch, size, names, say))
 
     def _larger(self) -> Iterator[Step]:
         for cell in LARGER:
@@ -246,9 +273,20 @@ def run_steps(plan: Plan, journal: Journal, budget: Budget) -> list[dict[str, An
 # ------------------------------------------------------------------------------------------------------------- main
 
 
-def default_path(head: dict[str, Any], quick: bool) -> Path:
-    """Where a result goes. A quick one has a file of its own, as the README is made from the full one."""
-    name = f"{head['cpu']} {head['isa']}{' quick' if quick else ''}".lower()
+def default_path(head: dict[str, Any], quick: bool, limits: Sequence[str] = ()) -> Path:
+    """Where a result goes. A quick one has a file of its own, as the README is made from the full one.
+
+    Args:
+        head: the header.
+        limits: where nothing but limited rows is measured, what they are limited to: that is no result of a machine
+            that has nothing better, and its file must not look like one.
+    """
+    name = f"{head['cpu']} {machine_set(head)}"
+    if limits:
+        name += f" limited to {' '.join(limits)}"
+    elif forced_set(head):
+        name += f" ours limited to {forced_set(head)}"
+    name = f"{name}{' quick' if quick else ''}".lower()
     return RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}.jsonl"
 
 
@@ -280,7 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with threads(options.threads):
         plan = Plan(options, usable_cpus())
         head = header(plan)
-        path = options.out or default_path(head, options.quick)
+        limits = plan.limits if "isa" in plan.kinds and set(plan.kinds) <= {"isa", "ceilings"} else ()
+        path = options.out or default_path(head, options.quick, limits)
         try:
             # Beside the old result until this one is complete.
             journal = Journal(path.with_name(path.name + ".partial"), head, resume=options.resume)
@@ -300,4 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\ncompare.py: interrupted; what is finished is kept, go on with --resume and the same options")

@@ -12,9 +12,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import digit_images
 import isa
 import op_cases
 import peers
+import peers_int8
 import riformer
 import torch
 from machine import Elsewhere
@@ -40,8 +42,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 # ------------------------------------------------------------------------------------------------------------- rows
 
 
-def time_columns(samples: Samples | None, ours: Samples, items: int, elsewhere: float | None) -> dict[str, Any]:
-    """Time, rate and ratio columns; all None without samples. ``elsewhere``: see `machine.Elsewhere`."""
+def time_columns(samples: Samples | None, ours: Samples | None, items: int, elsewhere: float | None) -> dict[str, Any]:
+    """Time, rate and ratio columns; None without samples. ``elsewhere``: see `machine.Elsewhere`."""
     keys = (
         "rounds", "ms", "ms_p20", "ms_p80", "ms_best", "spread", "images_per_s", "images_per_s_p20", "images_per_s_p80",
         "ratio", "ratio_p20", "ratio_p80", "verdict", "elsewhere",
@@ -55,7 +57,7 @@ def time_columns(samples: Samples | None, ours: Samples, items: int, elsewhere: 
         found["ms" if key == "median" else f"ms_{key}"] = 1e3 * getattr(samples, key)
     rates = samples.per_second(items)
     found["images_per_s"], found["images_per_s_p20"], found["images_per_s_p80"] = rates
-    if ours is not samples:
+    if ours is not None and ours is not samples:
         ratio = timing.ratio(ours, samples)
         found["ratio"], found["ratio_p20"], found["ratio_p80"] = ratio.median, ratio.p20, ratio.p80
         found["verdict"] = verdict(ours, samples, elsewhere)
@@ -83,6 +85,16 @@ def rate_columns(flop: int, seconds: float | None, ceiling: float | None) -> dic
 # ------------------------------------------------------------------------------------------------------------ model
 
 
+def float_subject(arch: Any, size: int, batch: int, dtype: torch.dtype) -> Subject:
+    return Subject(random_model(arch, dtype), random_images(batch, size, dtype))
+
+
+def int8_subject(arch: Any, size: int, batch: int) -> Subject:
+    """Parameters and images are rounded to bfloat16, so that eager bfloat16's error is that of its arithmetic alone."""
+    x = digit_images.held_out(batch, size).bfloat16().float()
+    return Subject(random_model(arch, torch.bfloat16).float(), x, int8=True)
+
+
 def model(
     arch: Any,
     size: int,
@@ -98,6 +110,8 @@ def model(
 ) -> list[dict[str, Any]]:
     """The patched model against its peers, each in a worker of its own, in turns; one row each, ours first.
 
+    With ``torch.int8`` as dtype everybody quantises the same float32 model, see `peers_int8`.
+
     Args:
         arch: a name, or a dict in mmpretrain's form.
         size: side of the images in pixels.
@@ -111,13 +125,17 @@ def model(
     Raises:
         BackendError: the machine lacks ``limit``.
         AssertionError, WorkerError: the patched model's numbers are off, or it does not run; there is no timing then.
+        ImportError: the images for int8 are not there.
     """
     isa.check(limit)
-    subject = Subject(random_model(arch, dtype), random_images(batch, size, dtype))
-    names = list(names or peers.names())
+    int8 = dtype == torch.int8
+    subject = int8_subject(arch, size, batch) if int8 else float_subject(arch, size, batch, dtype)
+    names = list(names or peers.names(int8=int8))
     progress("float64 and eager for the error figures")
     judge = peers.Judge(subject)
     reasons: dict[str, str] = {}
+    if int8 and OURS in names and (refusal := peers_int8.not_offered(subject.model)):
+        reasons[OURS] = refusal
     ratios: dict[str, numerics.ErrorRatios] = {}
     facts: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
@@ -126,6 +144,8 @@ def model(
         torch.save(judge.inputs, folder / peers.INPUTS)
         workers: dict[str, Worker] = {}
         for name in names:
+            if name in reasons:
+                continue
             progress(f"building {name}")
             if limit is not None and name in isa.UNLIMITED:
                 reasons[name] = f"cannot be limited to {limit}: {isa.UNLIMITED[name]}"
@@ -146,7 +166,8 @@ def model(
             facts[name] = worker.facts
             ratios[name] = judge.ratios(name, torch.load(folder / f"{name}.pt", weights_only=True))
         times: dict[str, Samples] = {}
-        while not times:
+        elsewhere = None
+        while workers and not times:
             progress(f"timing {len(workers)} peers")
             try:
                 times, elsewhere = take_turns(workers, seconds * len(workers))
@@ -168,10 +189,10 @@ def model(
         {
             **common,
             "peer": name,
-            "form": peers.FACTORIES[name][0],
+            "form": peers.factories(int8)[name][0],
             "detail": facts.get(name, {}).get("detail"),
             "reason": reasons.get(name),
-            **time_columns(times.get(name), times[OURS], batch, elsewhere),
+            **time_columns(times.get(name), times.get(OURS), batch, elsewhere),
             **rate_columns(flop, times[name].median if name in times else None, ceiling),
             **error_columns(ratios.get(name)),
             **_memory_columns(memories, name),
@@ -202,7 +223,11 @@ def _memory_columns(memories: Mapping[str, Memory], name: str) -> dict[str, Any]
 
 def best_peer(rows: list[dict[str, Any]], form: str) -> dict[str, Any] | None:
     """The row of the fastest peer of a form, or None."""
-    others = [row for row in rows if row["peer"] != OURS and row["form"] == form and row["ms"] is not None]
+    others = [
+        row
+        for row in rows
+        if row["peer"] not in (OURS, peers_int8.OURS_BFLOAT16) and row["form"] == form and row["ms"] is not None
+    ]
     return min(others, key=lambda row: row["ms"], default=None)
 
 

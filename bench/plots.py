@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib
 import peak
 from plot_labels import write_names
-from result_file import is_noisy, machine_name, read, why_not
+from result_file import INT8, is_noisy, machine_name, read, why_not
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -50,7 +50,7 @@ def throughput(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> pyplot.F
 
     None where the file has no such rows.
     """
-    models = [row for row in rows if row["kind"] == "model" and not row.get("isa_limit")]
+    models = [row for row in rows if row["kind"] == "model" and row["dtype"] != INT8 and not row.get("isa_limit")]
     if not models:
         return None
     arch, size = models[0]["arch"], models[0]["size"]

@@ -22,30 +22,37 @@ def random_model(arch: riformer.arch.ArchLike, dtype: torch.dtype = torch.float3
     return riformer.randomize_(model, seed).to(dtype).eval()
 
 
-def random_images(batch: int, size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """[batch, 3, size, size], NCHW."""
+def random_images(
+    batch: int, size: int, dtype: torch.dtype = torch.float32, seed: int = 0, channels: int = 3
+) -> Tensor:
+    """[batch, channels, size, size], NCHW."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn((batch, 3, size, size), generator=generator).to(dtype)
+    return torch.randn((batch, channels, size, size), generator=generator).to(dtype)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A deployed classifier in evaluation mode in the tested dtype, and an NCHW batch for it."""
+    """A deployed classifier in evaluation mode in the tested dtype, and an NCHW batch for it.
+
+    With ``int8`` both are float32, of values that bfloat16 holds exactly, and every peer quantises for itself.
+    """
 
     model: riformer.RIFormer
     x: Tensor
+    int8: bool = False
 
     def save(self, path: Path, arch: Any) -> None:
         """For a worker: random numbers of the same seed differ in the last bit between instruction sets."""
         dtype = str(self.x.dtype).removeprefix("torch.")
-        torch.save({"arch": arch, "dtype": dtype, "state": self.model.state_dict(), "x": self.x}, path)
+        state = self.model.state_dict()
+        torch.save({"arch": arch, "dtype": dtype, "state": state, "x": self.x, "int8": self.int8}, path)
 
     @staticmethod
     def load(path: Path) -> Subject:
         found = torch.load(path, weights_only=True)
         model = riformer.RIFormer(found["arch"], num_classes=1000, deploy=True).to(getattr(torch, found["dtype"]))
         model.load_state_dict(found["state"])
-        return Subject(model.eval(), found["x"])
+        return Subject(model.eval(), found["x"], found["int8"])
 
 
 @dataclass(frozen=True)

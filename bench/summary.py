@@ -4,7 +4,7 @@
     python bench/summary.py bench/results/FILE.jsonl [--to FOLDER]
 
 Writes FILE-summary.svg. The picture is text and rectangles, made from the file alone: a few kilobytes, and the same
-bytes for the same file.
+bytes for the same file. int8 has a table of its own in README.md.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from xml.sax.saxutils import escape
 
-from result_file import OURS, Cell, Row, cells, is_noisy, machine_name, read, why_not
+import svg
+from result_file import INT8, OURS, SETS, Cell, Row, cells, is_noisy, machine_name, read, why_not
 
 BARS = {
     "riformer_kernels": (OURS,),
@@ -31,14 +31,12 @@ WIDTH, MARGIN, NAMES, GAP = 860, 16, 134, 28
 HEAD, FOOT, TITLE, BAR, STEP, PANEL_GAP = 50, 26, 24, 16, 22, 14
 FIGURES = 76
 """Room behind the longest bar for its figure."""
-FONTS = "Helvetica, Arial, sans-serif"
-BLUE, GREY, TEXT, FAINT = "#0072b2", "#b3b3b3", "#333333", "#777777"
 
 
 def picture(head: Row, rows: Sequence[Row]) -> str | None:
     """The SVG: a panel for each dtype and batch of the first model of the file; None without such rows."""
     found = cells(rows)
-    shown = [cell for cell in found if cell.model == found[0].model]
+    shown = [cell for cell in found if cell.model == found[0].model and cell.dtype != INT8]
     if not shown or any(cell.fastest([OURS]) is None for cell in shown):
         return None
     names = [name for name, peers in BARS.items() if any(cell.fastest(peers) for cell in shown)]
@@ -47,53 +45,43 @@ def picture(head: Row, rows: Sequence[Row]) -> str | None:
     panel_width = (WIDTH - 2 * MARGIN - NAMES - GAP * (len(batches) - 1)) / len(batches)
     panel_height = TITLE + STEP * len(names)
     height = HEAD + FOOT + len(dtypes) * panel_height + (len(dtypes) - 1) * PANEL_GAP
-    size = f'width="{WIDTH}" height="{height}"'
+    within = f", everybody limited to {SETS[shown[0].limit]}" if shown[0].limit else ""
+    title = f"{shown[0].arch.upper()} at {shown[0].size} px: images per second{within}"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {WIDTH} {height}" font-family="{FONTS}">',
-        f'<rect {size} rx="6" fill="white"/>',
-        _text(MARGIN, 24, f"{shown[0].arch.upper()} at {shown[0].size} px: images per second", size=16, bold=True),
-        _text(MARGIN, 42, machine_name(head), colour=FAINT, size=12),
+        svg.text(MARGIN, 24, title, size=16, bold=True),
+        svg.text(MARGIN, 42, machine_name(head), colour=svg.FAINT, size=12),
     ]
     for i, dtype in enumerate(dtypes):
         top = HEAD + i * (panel_height + PANEL_GAP)
         for j, name in enumerate(names):
             y = top + TITLE + j * STEP + BAR - 4
-            parts.append(_text(MARGIN + NAMES - 8, y, name, anchor="end", bold=name == "riformer_kernels"))
+            parts.append(svg.text(MARGIN + NAMES - 8, y, name, anchor="end", bold=name == "riformer_kernels"))
         for j, batch in enumerate(batches):
             cell = next((cell for cell in shown if (cell.dtype, cell.batch) == (dtype, batch)), None)
             if cell is not None:
                 parts += _panel(cell, names, MARGIN + NAMES + j * (panel_width + GAP), top, panel_width)
     note = "Medians, taken in turns. Of OpenVINO's modes and of eager's layouts, the faster one."
-    parts += [_text(MARGIN, height - 10, note, colour=FAINT, size=12), "</svg>"]
-    return "\n".join(parts) + "\n"
+    return svg.document(WIDTH, height, [*parts, svg.text(MARGIN, height - 10, note, colour=svg.FAINT, size=12)])
 
 
 def _panel(cell: Cell, names: Sequence[str], left: float, top: float, width: float) -> list[str]:
     """Title, bars and figures of one dtype and batch."""
     fastest = {name: cell.fastest(BARS[name]) for name in names}
     most = max(row["images_per_s"] for row in fastest.values() if row is not None)
-    parts = [_text(left, top + 16, f"{cell.dtype}, batch {cell.batch}", colour=FAINT)]
+    parts = [svg.text(left, top + 16, f"{cell.dtype}, batch {cell.batch}", colour=svg.FAINT)]
     for i, (name, row) in enumerate(fastest.items()):
         y = top + TITLE + i * STEP
         if row is None:
             reason = next((why_not(cell.rows[peer]) for peer in BARS[name] if peer in cell.rows), "not measured")
-            parts.append(_text(left + 4, y + BAR - 4, reason, colour=FAINT, size=12))
+            parts.append(svg.text(left + 4, y + BAR - 4, reason, colour=svg.FAINT, size=12))
             continue
         length = (width - FIGURES) * row["images_per_s"] / most
         ours = row["peer"] == OURS
-        parts.append(
-            f'<rect x="{left:.1f}" y="{y}" width="{length:.1f}" height="{BAR}" fill="{BLUE if ours else GREY}"/>'
-        )
+        fill = svg.BLUE if ours else svg.GREY
+        parts.append(f'<rect x="{left:.1f}" y="{y}" width="{length:.1f}" height="{BAR}" fill="{fill}"/>')
         figure = f"{row['images_per_s']:.0f}" + (" (noisy)" if is_noisy(row) else "")
-        parts.append(_text(left + length + 6, y + BAR - 4, figure, bold=ours))
+        parts.append(svg.text(left + length + 6, y + BAR - 4, figure, bold=ours))
     return parts
-
-
-def _text(
-    x: float, y: float, text: str, *, colour: str = TEXT, size: int = 13, bold: bool = False, anchor: str = "start"
-) -> str:
-    style = f'fill="{colour}" font-size="{size}" text-anchor="{anchor}"' + ' font-weight="bold"' * bold
-    return f'<text x="{x:.1f}" y="{y}" {style}>{escape(text)}</text>'
 
 
 def draw(path: Path, folder: Path | None = None) -> Path | None:

@@ -44,6 +44,9 @@ def report(found: Sequence[dict[str, Any]]) -> str:
     models = [row for row in rest if row["kind"] == "model"]
     for key in dict.fromkeys(map(_cell, models)):
         parts += ["", *_model_report([row for row in models if _cell(row) == key])]
+    accuracy = [row for row in rest if row["kind"] == "int8_accuracy"]
+    if accuracy:
+        parts += ["", *_accuracy_report(accuracy)]
     grown = [row for row in rest if row["kind"] in ("growth", "growth_verdict")]
     if grown:
         parts += ["", *_growth_report(grown)]
@@ -120,10 +123,22 @@ def _model_report(group: list[dict[str, Any]]) -> list[str]:
         lines.append(f"{first['elsewhere']:.0%} of the processors' time went to other processes meanwhile")
     for form, what in ((peers.UNCHANGED, "the unchanged model"), (peers.REWRITTEN, "the model rewritten by hand")):
         best = measure.best_peer(group, form)
-        if best is not None:
+        if best is not None and best["ratio"] is not None:
             judged = f" ({best['verdict']})" if best["verdict"] == TOO_NOISY else ""
             lines.append(f"{best['ratio']:.2f}x the best peer on {what}, {best['peer']}{judged}")
     return lines
+
+
+def _accuracy_report(found: list[dict[str, Any]]) -> list[str]:
+    cells = [
+        [row["peer"], _number(row["error_rms"], "{:.1e}"), _number(row["error_ratio_rms"], "{:.2f}x"),
+         _number(row["digits_agreement"], "{:.1%}"), _number(row["digits_accuracy"], "{:.1%}")]
+        for row in found if row["peer"]
+    ]  # fmt: skip
+    header = ("peer", "rms error", "vs eager bfloat16", "digits as float64", "digits right")
+    lines = ["int8: the error of the features, and the answers to the demo's digits"]
+    lines += [table(header, cells)] if cells else []
+    return lines + [f"{row['peer'] or 'int8'}: {row['reason']}" for row in found if row["reason"]]
 
 
 def _op_report(ops: list[dict[str, Any]]) -> str:

@@ -50,8 +50,13 @@ def test_peers_compute_the_model(native: None, dtype: torch.dtype) -> None:
         assert peer.reason is None and peer.detail
         ratios = judge.ratios(name, peers.outputs(peer.run, judge.inputs, peer.layout))
         assert ratios.rms < 2, name  # any peer of another function is orders of magnitude off
-    assert peers.names()[0] == "ours" and set(peers.names()) - set(peers.names(compiled=False)) == set(peers.COMPILED)
-    assert {"eager_linear", "compile_linear"} == set(peers.names()) - set(peers.names(rewritten=False))
+    for int8, compiled, rewritten in (
+        (False, {"compile", "compile_linear"}, {"eager_linear", "compile_linear"}),
+        (True, {"torchao_dynamic", "torchao_static"}, {"torchao_dynamic", "torchao_static"}),
+    ):
+        names = peers.names(int8=int8)
+        assert names[0] == "ours" and set(names) - set(peers.names(compiled=False, int8=int8)) == compiled
+        assert set(names) - set(peers.names(rewritten=False, int8=int8)) == rewritten
 
 
 RUNTIMES = {"openvino_latency": "openvino", "openvino_throughput": "openvino", "onnxruntime": "onnxruntime"}

@@ -81,6 +81,7 @@ def test_table_names_what_the_library_is_compiled_for(native: None) -> None:
         assert bool(entry.environment) == bool(entry.march) == bool(entry.dtypes), name
         assert entry.environment.get("RIFORMER_CPU_ISA", name) == name
     assert set(isa.HARDWARE[1:]) == set(isa.LIMITS), "all but the best set can be a limit"
+    assert set(isa.HARDWARE) <= set(module("result_file").SETS), "a set without a name for readers"
 
 
 def test_probe_and_table_name_the_same_instruction_sets() -> None:

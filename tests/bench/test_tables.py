@@ -35,7 +35,10 @@ def rows() -> list[dict]:
     ]
 
 
-HEAD = {"kind": "header", "cpu": "A & B", "torch_threads": 2, "torch": "2.13.0+cpu", "date": "2026-01-01T00:00:00"}
+HEAD = {
+    "kind": "header", "cpu": "A & B", "torch_threads": 2, "torch": "2.13.0+cpu", "date": "2026-01-01T00:00:00",
+    "isa": "avx2", "isa_supported": ["avx2", "scalar"],
+}  # fmt: skip
 
 
 def test_table_has_the_faster_mode_and_no_empty_column() -> None:
@@ -43,43 +46,14 @@ def test_table_has_the_faster_mode_and_no_empty_column() -> None:
     assert found.splitlines() == [
         "| | images/s | over eager | over OpenVINO | extra memory | error |",
         "|---|---|---|---|---|---|",
-        "| float32, batch 1 | 90 | 1.50x | **0.90x** | 0.10x | 0.75x |",
-        "| float32, batch 16 | 400 | 4.04x (noisy) | 1.30x | 0.20x | 0.50x |",
+        "| S12 at 224 px, float32, batch 1 | 90 | 1.50x | **0.90x** | 0.10x | 0.75x |",
+        "| S12 at 224 px, float32, batch 16 | 400 | 4.04x (noisy) | 1.30x | 0.20x | 0.50x |",
     ]
-
-
-def test_table_of_several_models_names_them() -> None:
-    several = [*rows(), row("ours", 20.0, arch="m48", error_ratio_rms=1.0), row("ours", 9.0, isa_limit="avx2")]
-    several[-1]["error_ratio_rms"] = 1.0
-    found = module("readme_tables").table(module("result_file").cells(several)).splitlines()
-    assert [line.split(" | ")[0] for line in found[2:]] == [
-        "| S12 at 224 px, float32, batch 1",
-        "| S12 at 224 px, float32, batch 16",
-        "| M48 at 224 px, float32, batch 1",
-        "| S12 at 224 px, float32, batch 1, AVX2",
-    ]
-
-
-def test_tables_are_filled_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme_tables = module("readme_tables")
-    journal = module("journal")
-    (tmp_path / "it.jsonl").write_text("".join(map(journal.line, [HEAD, *rows()])))
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- table: it.jsonl -->\nan old table\n<!-- end of table -->\nafter\n")
-    monkeypatch.setattr(readme_tables, "ROOT", tmp_path)
-    monkeypatch.setattr(readme_tables, "README", readme)
-    assert readme_tables.main(["--check"]) == 1 and "an old table" in readme.read_text()
-    assert readme_tables.main([]) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- table: it.jsonl -->\n\n| | images/s |") and "an old table" not in text
-    assert text.endswith("0.50x |\n\n<!-- end of table -->\nafter\n")
-    assert readme_tables.main(["--check"]) == 0
 
 
 def test_readme_is_what_the_result_files_say() -> None:
     text = (ROOT / "README.md").read_text()
     readme_tables = module("readme_tables")
-    assert readme_tables.MARKED.search(text), "README.md has no marked table"
     assert readme_tables.filled(text) == text, "run python bench/readme_tables.py"
 
 
@@ -97,6 +71,17 @@ def test_summary_has_a_bar_for_each_peer_of_each_panel() -> None:
     assert [width / max(widths) for width in widths] == pytest.approx([0.9, 1.0, 0.6, 1.0, 0.75, 0.25], abs=1e-3)
     assert [found.get("fill") for found in bars].count("#0072b2") == 2
     assert module("summary").picture(HEAD, [{"kind": "op"}]) is None
+
+
+def test_summary_says_what_everybody_was_limited_to_and_leaves_int8_out() -> None:
+    limited = [{**found, "isa_limit": "avx2"} for found in rows()[:-1]]
+    quantised = [
+        row("ours", None, dtype="int8", reason="not offered by this version: x"),
+        row("eager", 9.0, dtype="int8"),
+    ]
+    drawn = module("summary").picture(HEAD, [*limited, *quantised])
+    assert "images per second, everybody limited to AVX2" in drawn and "int8" not in drawn
+    assert "limited" not in module("summary").picture(HEAD, rows())
 
 
 def test_summary_says_why_a_peer_has_no_bar() -> None:
