@@ -18,8 +18,8 @@ struct GemmByElement : GemmFloat32 {
   // Not inlined, as GCC 12 then finds registers for all sums; so does the flag in instruction_sets.def. Together they
   // took the loop from 105 instructions, of them 3 on the stack, to 88 with none, 64 of which multiply.
   template <int kUsed>
-  __attribute__((noinline)) static void run(const Element* weight, int64_t stride, const Element* panel,
-                                            int64_t depth, float* c, bool accumulate) {
+  __attribute__((noinline)) static void run(const Element* weight, int64_t stride, const Element* panel, int64_t depth,
+                                            float* c, bool accumulate) {
     constexpr int kQuads = 2 * kUsed;  // registers of four tokens
     for (int64_t start = 0; start < depth; start += kChain) {
       // One chain, with its sums in registers.

@@ -89,8 +89,8 @@ struct GemmBfloat16 : QuadPanel<3 * Vec::kLanes> {
   // A register of sums belongs to two rows and two tokens: (row 0, token 0), (0, 1), (1, 0), (1, 1).
   // Not inlined, for the reason in gemm_neon.h.
   template <int kUsed>
-  __attribute__((noinline)) static void run(const Element* weight, int64_t stride, const Element* panel,
-                                            int64_t depth, float* c, bool accumulate) {
+  __attribute__((noinline)) static void run(const Element* weight, int64_t stride, const Element* panel, int64_t depth,
+                                            float* c, bool accumulate) {
     constexpr int kPairs = kUsed * Vec::kLanes / 2;  // of tokens
     float32x4_t acc[kRows / 2][kPairs];
     // The sums so far, into registers: what stands in two rows changes places.

@@ -61,9 +61,7 @@ struct Vec {
   float sum() const { return vaddvq_f32(vaddq_f32(low, high)); }
 
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
-  uint16x8_t narrow_bf16() const {
-    return vreinterpretq_u16_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(low), high));
-  }
+  uint16x8_t narrow_bf16() const { return vreinterpretq_u16_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(low), high)); }
 #else
   // As common/dtypes.h rounds: to nearest even, NaN stays NaN.
   static uint16x4_t rounded_bf16(float32x4_t value) {
