@@ -64,17 +64,14 @@ struct QuadPanel {
     const uint16x8_t first = a.narrow_bf16(), second = b.narrow_bf16();
     return {vreinterpretq_u32_u16(vzip1q_u16(first, second)), vreinterpretq_u32_u16(vzip2q_u16(first, second))};
   }
-  // Cells of neighbouring tokens, which are four elements apart.
+  // Cells of neighbouring tokens, which are four elements apart. By memcpy, which GCC makes one store of a lane:
+  // through a uint32_t* the compiler could take them for other memory than what the product loads.
   static void store_cells(uint32x4x2_t cells, Element* to) {
-    uint32_t* at = reinterpret_cast<uint32_t*>(to);
-    vst1q_lane_u32(at, cells.val[0], 0);
-    vst1q_lane_u32(at + 2, cells.val[0], 1);
-    vst1q_lane_u32(at + 4, cells.val[0], 2);
-    vst1q_lane_u32(at + 6, cells.val[0], 3);
-    vst1q_lane_u32(at + 8, cells.val[1], 0);
-    vst1q_lane_u32(at + 10, cells.val[1], 1);
-    vst1q_lane_u32(at + 12, cells.val[1], 2);
-    vst1q_lane_u32(at + 14, cells.val[1], 3);
+    for (int half = 0; half < 2; ++half)
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t cell = cells.val[half][i];
+        std::memcpy(static_cast<void*>(to + 16 * half + 4 * i), &cell, 4);
+      }
   }
 };
 
