@@ -15,6 +15,9 @@ from support_paths import ROOT
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 ARM = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={CROSS_COMPILER}")
 
+# CMakeLists.txt has the flags of an ordinary build; those of "Debug" are free.
+BARELY_OPTIMISED = ("-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-Og")
+
 
 @dataclass(frozen=True)
 class Check:

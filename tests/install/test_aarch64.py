@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support_kernel_check import ARM, CROSS_COMPILER, EMULATOR, Check, built, need, start_build
+from support_kernel_check import ARM, BARELY_OPTIMISED, CROSS_COMPILER, EMULATOR, Check, built, need, start_build
 from support_paths import ROOT
 
 SETS = ["neon_bf16", "neon", "scalar"]
@@ -62,7 +62,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Check:
     if shutil.which("c++") is None:
         pytest.skip("needs a C++17 compiler")
     folder = tmp_path_factory.mktemp("native") / "build"
-    return built(folder, start_build(folder, "-DCMAKE_CXX_FLAGS_RELEASE=-Og"))
+    return built(folder, start_build(folder, *BARELY_OPTIMISED))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def mutants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Check]:
     header = folder / "csrc" / "common" / "dtypes.h"
     header.write_text(header.read_text().replace("#pragma once", "#pragma once\nextern int riformer_mutant;"))
     build = folder / "build"
-    return built(build, start_build(build, *ARM, "-DCMAKE_CXX_FLAGS_RELEASE=-Og", source=folder), EMULATOR)
+    return built(build, start_build(build, *ARM, *BARELY_OPTIMISED, source=folder), EMULATOR)
 
 
 def passes(done: subprocess.CompletedProcess[str], *sets: str) -> None:
