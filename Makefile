@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt riformer_kernels/__init__.py \
 # Threads that wait in a busy loop make tests several times slower on a machine that does something else as well.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
-.PHONY: demo test test-fast bench compare sanitize memcheck lint format clean
+.PHONY: demo test test-fast arm-tools bench compare sanitize memcheck lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,13 @@ test: $(VENV)/.test sanitize
 
 test-fast: $(VENV)/.test
 	$(PYTEST) -x -m "not slow"
+
+# Debian's cross compiler and emulator for Arm, where they are missing. tests/install/test_aarch64.py skips without them.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
+arm-tools:
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \
+	  { $(AS_ROOT) apt-get update -qq && $(AS_ROOT) env DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -y -qq --no-install-recommends g++-aarch64-linux-gnu qemu-user; }
 
 bench: $(VENV)/.test
 	$(PYTEST) bench --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
@@ -54,7 +61,7 @@ memcheck: $(VENV)/.test
 
 # Style, formatting and types. The C++ files that .clang-format-ignore names are left out by clang-format itself.
 PYTHON_FILES := riformer_kernels python csrc tests bench examples setup.py
-CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu bench/*.cpp tests/*/*.cpp tests/*/*/*.cpp)
+CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu bench/*.cpp tests/*/*.cpp tests/*/*/*.cpp tests/*/*/*.h)
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(PYTHON_FILES)
 	$(BIN)/ruff format --check $(PYTHON_FILES)

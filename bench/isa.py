@@ -15,6 +15,7 @@ class InstructionSet:
 
     Attributes:
         name: as the library has it.
+        architecture: of the processors that have it; sets of different ones never meet.
         hardware: whether it is an extension of the processor, which peers can use as well. Plain C++ and emulated
             instructions are for correctness: nobody is measured with them.
         environment: variables of a worker that may not use more than this set; none for the best set, which needs no
@@ -24,6 +25,7 @@ class InstructionSet:
     """
 
     name: str
+    architecture: str = "x86"
     hardware: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
     march: str = ""
@@ -69,10 +71,13 @@ TABLE = {
             dtypes=("float32",),
         ),
         InstructionSet("amx-emulated", hardware=False),
-        InstructionSet("scalar", hardware=False),
+        # No limits, since neither oneDNN nor PyTorch has a variable for these. Nothing has been measured on Arm yet.
+        InstructionSet("neon_bf16", architecture="aarch64"),
+        InstructionSet("neon", architecture="aarch64"),
+        InstructionSet("scalar", architecture="any", hardware=False),
     )
 }
-"""Every instruction set that the library is compiled for, the best first."""
+"""Every instruction set that the library is compiled for on some architecture, the best of each first."""
 
 HARDWARE = tuple(name for name, entry in TABLE.items() if entry.hardware)
 LIMITS = tuple(name for name, entry in TABLE.items() if entry.environment)
@@ -94,8 +99,13 @@ def best() -> str | None:
 
 
 def up_to(name: str | None) -> tuple[str, ...]:
-    """``name`` and the processors' instruction sets below it; none for None and for what is not of a processor."""
-    return HARDWARE[HARDWARE.index(name) :] if name in HARDWARE else ()
+    """``name`` and the instruction sets below it that the same processors have; none for None and for what is not of a
+    processor."""
+    if name not in HARDWARE:
+        return ()
+    return tuple(
+        other for other in HARDWARE[HARDWARE.index(name) :] if TABLE[other].architecture == TABLE[name].architecture
+    )
 
 
 def below() -> list[str]:

@@ -23,6 +23,9 @@
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#include <sys/auxv.h>
 #endif
 
 #if defined(__clang__)
@@ -173,7 +176,37 @@ __attribute__((target("amx-tile,amx-int8"))) void int8_amx(long repeat, void*) {
   }
   _tile_release();
 }
-#endif  // __x86_64__
+#elif defined(__aarch64__)
+
+bool has_neon() { return true; }
+bool has_neon_bf16() { return getauxval(AT_HWCAP2) & (1ul << 14); }  // HWCAP2_BF16
+
+constexpr int kChainsNeon = 24;
+
+void fma_neon(long repeat, void*) {
+  float32x4_t sums[kChainsNeon], scale = vdupq_n_f32(0.999f), add = vdupq_n_f32(0.37f);
+  UNROLL for (int i = 0; i < kChainsNeon; ++i) sums[i] = vdupq_n_f32(static_cast<float>(i));
+  for (long r = 0; r < repeat; ++r) {
+    UNROLL for (int i = 0; i < kChainsNeon; ++i) sums[i] = vfmaq_f32(sums[i], scale, add);
+  }
+  UNROLL for (int i = 1; i < kChainsNeon; ++i) sums[0] = vaddq_f32(sums[0], sums[i]);
+  sink = vgetq_lane_f32(sums[0], 0);
+}
+
+// Assembly, so that this file needs no flag for the instruction.
+void bf16_neon(long repeat, void*) {
+  float32x4_t sums[kChainsNeon];
+  const uint32x4_t a = vdupq_n_u32(0x3f913e22), b = vdupq_n_u32(0x3d15bf07);
+  UNROLL for (int i = 0; i < kChainsNeon; ++i) sums[i] = vdupq_n_f32(static_cast<float>(i));
+  for (long r = 0; r < repeat; ++r) {
+    UNROLL for (int i = 0; i < kChainsNeon; ++i) {
+      asm(".arch_extension bf16\n\tbfmmla %0.4s, %1.8h, %2.8h" : "+w"(sums[i]) : "w"(a), "w"(b));
+    }
+  }
+  UNROLL for (int i = 1; i < kChainsNeon; ++i) sums[0] = vaddq_f32(sums[0], sums[i]);
+  sink = vgetq_lane_f32(sums[0], 0);
+}
+#endif  // __aarch64__
 
 constexpr std::size_t kCopied = std::size_t{256} << 20;  // all threads together; far above any L2, and most L3
 constexpr std::size_t kUnit = std::size_t{1} << 20;
@@ -202,6 +235,9 @@ const Kind kKinds[] = {
     {"int8-avx2", 2.0 * 32 * kChains256, int8_avx2, has_vnni256},
     {"int8-avx512", 2.0 * 64 * kChains512, int8_avx512, has_vnni512},
     {"int8-amx", 4 * 2.0 * 16 * 16 * 64, int8_amx, has_amx_int8},
+#elif defined(__aarch64__)
+    {"float32-neon", 2.0 * 4 * kChainsNeon, fma_neon, has_neon},
+    {"bfloat16-neon_bf16", 2.0 * 16 * kChainsNeon, bf16_neon, has_neon_bf16},
 #endif
     {"copy", 2.0 * kUnit, copy, [] { return true; }},
 };

@@ -5,10 +5,12 @@
 #include <cstring>
 #include <initializer_list>
 
-#ifdef __x86_64__
+#if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace riformer::cpu {
@@ -54,7 +56,7 @@ constexpr InstructionSet kInstructionSets[] = {
 #include "instruction_sets.def"
 };
 
-#ifdef __x86_64__
+#if defined(__x86_64__)
 
 unsigned long long enabled_state() {
   unsigned low, high;
@@ -96,9 +98,21 @@ unsigned detect() {
   return found;
 }
 
+#elif defined(__aarch64__) && defined(__linux__)
+
+// The features of this machine, as Linux tells every process. The numbers are those of its <asm/hwcap.h>; headers older
+// than a processor lack the names.
+unsigned detect() {
+  constexpr unsigned long kAsimd = 1ul << 1, kBf16 = 1ul << 14;  // in AT_HWCAP, in AT_HWCAP2
+  unsigned found = 0;
+  if (getauxval(AT_HWCAP) & kAsimd) found |= feature::asimd;
+  if (getauxval(AT_HWCAP2) & kBf16) found |= feature::bf16;
+  return found;
+}
+
 #else
 
-// No other architecture has a FEATURE yet.
+// Of any other machine nothing is known: it runs plain C++.
 unsigned detect() { return feature::none; }
 
 #endif

@@ -74,13 +74,14 @@ def test_table_names_what_the_library_is_compiled_for(native: None) -> None:
     isa = module("isa")
     compiled = [name for name in isa.cpu.isa_status()["compiled"] if name in isa.TABLE]
     assert compiled == isa.cpu.isa_status()["compiled"], "the library has an instruction set that bench/isa.py lacks"
-    if platform.machine() in ("x86_64", "AMD64"):
-        assert set(isa.TABLE) == set(compiled)
+    here = "aarch64" if platform.machine() in ("aarch64", "arm64") else "x86"
+    assert {name for name, entry in isa.TABLE.items() if entry.architecture in (here, "any")} == set(compiled)
     for name, entry in isa.TABLE.items():
         assert entry.hardware or not entry.environment, name
         assert bool(entry.environment) == bool(entry.march) == bool(entry.dtypes), name
         assert entry.environment.get("RIFORMER_CPU_ISA", name) == name
-    assert set(isa.HARDWARE[1:]) == set(isa.LIMITS), "all but the best set can be a limit"
+    x86 = [name for name in isa.HARDWARE if isa.TABLE[name].architecture == "x86"]
+    assert set(x86[1:]) == set(isa.LIMITS), "all but the best set can be a limit"
     assert set(isa.HARDWARE) <= set(module("result_file").SETS), "a set without a name for readers"
 
 
@@ -98,9 +99,11 @@ def test_limits_are_those_below_the_best(monkeypatch: pytest.MonkeyPatch) -> Non
         (["avx512", "avx2", "scalar"], ["avx2"]),
         (["avx2", "scalar"], []),
         (["scalar"], []),
+        (["neon_bf16", "neon", "scalar"], []),
     ):
         monkeypatch.setattr(isa.cpu, "isa_status", lambda supported=supported: {"supported": supported, "error": None})
         assert isa.below() == below
+    assert isa.up_to("neon_bf16") == ("neon_bf16", "neon") and isa.up_to("avx2") == ("avx2",)
 
 
 def test_missing_instruction_set_is_named_with_those_present(
