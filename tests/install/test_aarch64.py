@@ -149,13 +149,14 @@ def test_faults_are_caught(native):
     assert done.stdout.count("caught: ") == 18
 
 
-def test_the_bindings_compile_for_arm(tmp_path):
+@pytest.mark.parametrize("name", ["bindings", "network_bindings"])
+def test_the_bindings_compile_for_arm(name, tmp_path):
     """PyTorch's headers are the same for every architecture. There is nothing to link with here."""
     need(CROSS_COMPILER)
-    options = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror=switch"]
+    options = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=switch"]
     headers = ["-isystem", str(Path(torch.__file__).parent / "include"), "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    target = tmp_path / "bindings.o"
-    command = [CROSS_COMPILER, *options, *headers, "-c", str(ROOT / "csrc" / "cpu" / "bindings.cpp"), "-o", str(target)]
+    source, target = ROOT / "csrc" / "cpu" / f"{name}.cpp", tmp_path / "bindings.o"
+    command = [CROSS_COMPILER, *options, *headers, "-c", str(source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     assert target.read_bytes()[:4] == b"\x7fELF" and target.read_bytes()[18] == 183, "183 is EM_AARCH64"
