@@ -9,6 +9,7 @@
 #include "dispatch.h"
 
 bool riformer::serves(DType) { return true; }
+bool riformer::serves_int8() { return true; }
 
 namespace {
 
@@ -29,8 +30,12 @@ riformer::cpu::Pool pool() {
   return {run, static_cast<int64_t>(torch::stable::get_num_threads())};
 }
 
-void report_memory(int64_t missing) {
-  if (missing) fail("riformer: out of memory: ", missing, " bytes of working memory could not be had");
+void report(int64_t outcome) {
+  if (outcome < 0)
+    fail("riformer::block: ", (-outcome - 1) % 2 ? "fc2" : "fc1", "_weight has a value in row ", (-outcome - 1) / 2,
+         " that is not finite, and no scale makes int8 of that; products in float let it through "
+         "(compute_dtype=torch.bfloat16)");
+  if (outcome) fail("riformer: out of memory: ", outcome, " bytes of working memory could not be had");
 }
 
 // Hands parameters to the kernels and keeps them alive, contiguous copies too, while the kernels read them.
@@ -84,7 +89,7 @@ Tensor moments(const Tensor& x) {
   if (args.batch * args.channels > 0) {
     if (args.positions == 0)
       fail("riformer::moments: x has shape ", shape_of(x), ": moments of no positions do not exist");
-    report_memory(kernels().moments(args));
+    report(kernels().moments(args));
   }
   return out;
 }
@@ -108,7 +113,7 @@ std::tuple<Tensor, Tensor> embed(const Tensor& x, const Tensor& weight, const Op
   args.out = out.mutable_data_ptr();
   args.moments_out = moments ? static_cast<float*>(out_moments.mutable_data_ptr()) : nullptr;
   args.pool = pool();
-  report_memory(kernels().embed(args));
+  report(kernels().embed(args));
   return {out, out_moments};
 }
 
@@ -116,6 +121,7 @@ std::tuple<Tensor, Tensor> block(const Tensor& x, const OptionalTensor& moments,
   Parameters parameters;
   riformer::cpu::BlockArgs args{};
   describe_block(args, parameters, x, RIFORMER_BLOCK_ARGUMENTS);
+  args.int8 = int8;
   args.pool = pool();
   Tensor held;
   args.moments = moments_data(moments, x, per_position, held);
@@ -126,7 +132,7 @@ std::tuple<Tensor, Tensor> block(const Tensor& x, const OptionalTensor& moments,
     args.x = tokens.const_data_ptr();
     args.out = out.mutable_data_ptr();
     args.moments_out = per_position ? nullptr : static_cast<float*>(out_moments.mutable_data_ptr());
-    report_memory(kernels().block(args));
+    report(kernels().block(args));
   }
   return {in_layout_of(x, out), out_moments};
 }
@@ -136,6 +142,7 @@ void block_(Tensor x, OptionalTensor moments, RIFORMER_BLOCK_PARAMETERS) {
   Parameters parameters;
   riformer::cpu::BlockArgs args{};
   describe_block(args, parameters, x, RIFORMER_BLOCK_ARGUMENTS);
+  args.int8 = int8;
   args.pool = pool();
   Tensor held;
   args.moments = moments_data(moments, x, per_position, held);
@@ -145,7 +152,7 @@ void block_(Tensor x, OptionalTensor moments, RIFORMER_BLOCK_PARAMETERS) {
   args.x = tokens.const_data_ptr();
   args.out = tokens.mutable_data_ptr();
   args.moments_out = per_position ? nullptr : static_cast<float*>(held.mutable_data_ptr());
-  report_memory(kernels().block(args));
+  report(kernels().block(args));
   if (!direct) torch::stable::copy_(x, tokens);
   if (!per_position && !moments->is_contiguous()) torch::stable::copy_(*moments, held);
 }
@@ -170,7 +177,7 @@ Tensor norm(const Tensor& x, const OptionalTensor& moments, const Tensor& weight
     const Tensor tokens = torch::stable::contiguous(x);
     args.x = tokens.const_data_ptr();
     args.out = out.mutable_data_ptr();
-    report_memory(kernels().norm(args));
+    report(kernels().norm(args));
   }
   return in_layout_of(x, out);
 }
@@ -200,7 +207,7 @@ Tensor head(const Tensor& x, const OptionalTensor& moments, const Tensor& norm_w
   Tensor tokens = per_position ? torch::stable::contiguous(x) : x;
   args.x = tokens.const_data_ptr();
   args.out = out.mutable_data_ptr();
-  report_memory(kernels().head(args));
+  report(kernels().head(args));
   return out;
 }
 

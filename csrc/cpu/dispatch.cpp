@@ -91,7 +91,11 @@ unsigned detect() {
   if (zmm && (b & (1u << 31))) found |= feature::avx512vl;
   if (tiles && (d & (1u << 24))) found |= feature::amx_tile;
   if (tiles && (d & (1u << 22))) found |= feature::amx_bf16;
-  if (leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && zmm && (a & (1u << 5))) found |= feature::avx512_bf16;
+  if (zmm && (c & (1u << 11))) found |= feature::avx512_vnni;
+  if (leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+    if (ymm && (a & (1u << 4))) found |= feature::avx_vnni;
+    if (zmm && (a & (1u << 5))) found |= feature::avx512_bf16;
+  }
   if ((found & feature::amx_tile) && request_tiles()) found |= feature::amx_permission;
   return found;
 }

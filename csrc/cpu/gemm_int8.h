@@ -1,0 +1,56 @@
+// int8 products: signed weights times unsigned tokens, in exact int32 sums. `Ints` is in ints_*.h.
+#pragma once
+
+#include <cstdint>
+
+#include "gemm.h"
+
+namespace riformer::RIFORMER_ISA {
+
+// Panels of bytes, [k / 4][kTokens][4]: the bytes of rows k to k + 3 are neighbours, for k a multiple of 4.
+struct GemmInt8 {
+  using Element = uint8_t;
+  static constexpr int kTokens = RIFORMER_GEMM_VECTORS * Vec::kLanes;
+  static constexpr int kStep = 4;
+  static constexpr int kRows = RIFORMER_GEMM_ROWS;
+  static constexpr int kVectors = RIFORMER_GEMM_VECTORS;
+  // A sum of more products could exceed int32: each is at most 255 * 127.
+  static constexpr int64_t kLongestSum = 2147483647 / (255 * 127);
+
+  static Element* at(Element* panel, int64_t k, int64_t token) { return panel + k * kTokens + 4 * token; }
+
+  // kRows rows of weights, `stride` apart, times the first kUsed vectors of a panel. `finish` takes the sums.
+  template <int kUsed, class Finish>
+  static void run(const int8_t* weight, int64_t stride, const Element* panel, int64_t depth, Finish finish) {
+    Ints acc[kRows][kUsed];
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kUsed; ++j) acc[i][j] = Ints::zero();
+    for (int64_t k = 0; k < depth; k += 4) {
+      Ints b[kUsed];
+      for (int j = 0; j < kUsed; ++j) b[j] = Ints::load(panel + k * kTokens + 4 * j * Vec::kLanes);
+      for (int i = 0; i < kRows; ++i) {
+        const Ints a = Ints::broadcast(weight + i * stride + k);
+        for (int j = 0; j < kUsed; ++j) acc[i][j] = dot(acc[i][j], b[j], a);
+      }
+    }
+    finish(acc);
+  }
+
+  static void begin() {}
+  static void end() {}
+};
+
+// `run` for as many vectors as hold tokens. `finish` must take sums of any such shape.
+template <int kUsed = GemmInt8::kVectors, class Finish>
+inline void multiply_int8(int vectors, const int8_t* weight, int64_t stride, const uint8_t* panel, int64_t depth,
+                          Finish finish) {
+  if constexpr (kUsed > 1) {
+    if (vectors < kUsed) {
+      multiply_int8<kUsed - 1>(vectors, weight, stride, panel, depth, finish);
+      return;
+    }
+  }
+  GemmInt8::run<kUsed>(weight, stride, panel, depth, finish);
+}
+
+}  // namespace riformer::RIFORMER_ISA

@@ -1,0 +1,56 @@
+// Integers for the int8 products, in plain C++: one lane. It also defines what the wider ones (ints_*.h) must compute.
+//
+// Each ints_*.h must offer, beside the Vec of its vec_*.h:
+//   Ints           int32 lanes, each of which may be taken for four bytes
+//   dot            sums + the products of four unsigned with four signed bytes, lane by lane. It must be exact: then all
+//                  instruction sets get the same sums from the same bytes, in whatever order they add.
+//   put_bytes      the nearest whole numbers of four vectors in [0, 255], as the four bytes of each lane
+//   put_signed     the nearest whole numbers of a vector in [-127, 127], as neighbouring bytes
+//   to_float, larger, smaller (b where either is NaN), largest_lane, lookup (from[lanes[i]] in lane i)
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "lanes.h"
+
+namespace riformer::RIFORMER_ISA {
+
+struct Ints {
+  int32_t v;
+
+  static Ints zero() { return {0}; }
+  static Ints load(const uint8_t* from) {
+    return {static_cast<int32_t>(from[0] | from[1] << 8 | from[2] << 16 | static_cast<uint32_t>(from[3]) << 24)};
+  }
+  static Ints broadcast(const int8_t* from) { return load(reinterpret_cast<const uint8_t*>(from)); }
+};
+
+inline Ints dot(Ints sums, Ints bytes, Ints weights) {
+  for (int shift = 0; shift < 32; shift += 8)
+    sums.v += static_cast<int32_t>(static_cast<uint32_t>(bytes.v) >> shift & 255) *
+              static_cast<int8_t>(static_cast<uint32_t>(weights.v) >> shift);
+  return sums;
+}
+
+inline Vec to_float(Ints a) { return {static_cast<float>(a.v)}; }
+
+// NaN becomes 0: it is no whole number, and a conversion of it is undefined.
+inline int32_t whole(Vec a) { return a.v == a.v ? static_cast<int32_t>(std::nearbyint(a.v)) : 0; }
+template <class Lanes>
+inline void put_bytes(uint8_t* to, Vec a, Vec b, Vec c, Vec d, Lanes) {
+  const Vec four[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) to[i] = static_cast<uint8_t>(whole(four[i]));
+}
+template <class Lanes>
+inline void put_signed(int8_t* to, Vec a, Lanes) {
+  *to = static_cast<int8_t>(whole(a));
+}
+
+inline Vec larger(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+inline Vec smaller(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
+inline float largest_lane(Vec a) { return a.v; }
+
+inline Vec lookup(const float* from, const int32_t* lanes) { return {from[*lanes]}; }
+
+}  // namespace riformer::RIFORMER_ISA
