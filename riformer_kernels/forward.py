@@ -14,6 +14,7 @@ from torch import nn
 
 from .backends import Backend
 from .block_kind import BlockKind, first_half
+from .dtypes import token_dtype
 from .errors import InputError
 from .modules import Backbone
 from .ops._library import memory_format_of
@@ -81,13 +82,14 @@ class ForwardPass:
     ) -> None:
         """
         Args:
-            dtype: of the tokens.
+            dtype: of the tokens, or int8 for blocks whose products are int8.
             outer: the autocast that original modules run in.
         """
         self.backbone = backbone
         self.program = program
         self.ops = backend.ops
-        self.dtype = dtype
+        self.dtype = token_dtype(dtype)
+        self.int8 = dtype == torch.int8
         self.outer = outer
         self.traced = program if isinstance(program, TracedProgram) else None
         self.tokens: torch.Tensor
@@ -134,6 +136,8 @@ class ForwardPass:
         if not kind.fuses_first_half:
             self.first_half(kind, module)
         parameters = self.program.block(index, position, plan)
+        if self.int8:
+            parameters = [*parameters[:-1], True]
         moments = None if plan.per_position else self.moments_of_tokens()
         if self.owned and traced is None:
             # No backward can have saved tokens that this pass alone holds. Below the ADInplaceOrView key the write is

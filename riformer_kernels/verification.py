@@ -25,7 +25,7 @@ from torch import nn
 from . import numerics
 from .backends import Backend
 from .block_kind import mixed, mlp_branch
-from .dtypes import name_of
+from .dtypes import name_of, token_dtype
 from .errors import VerificationError
 from .forward import run
 from .modules import STATE, Backbone, original_class
@@ -162,7 +162,7 @@ def _random_parts(program: Program) -> str | None:
 def _seeded(shape: tuple[int, ...], seed: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Normal values, drawn in float32 on the CPU and rounded to the tested dtype."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(device=like.device, dtype=dtype)
+    return torch.randn(shape, generator=generator).to(device=like.device, dtype=token_dtype(dtype))
 
 
 def _judge(names: list[str], sample: Callable[[int], list[Triple]], dtype: torch.dtype) -> Iterator[Comparison]:
@@ -186,7 +186,7 @@ def _network(
 ) -> tuple[Comparison, ...]:
     lead, plan = program.lead(), program.plan
     # Ours shares the parameters and has copies of the buffers.
-    kinds = (lead.dtype, dtype, torch.float64)
+    kinds = (lead.dtype, token_dtype(dtype), torch.float64)
     twins = [cast("Backbone", in_dtype(backbone, kind)) for kind in kinds]
     ours_twin, eager_twin, golden_twin = twins
     twin_program = Program(ours_twin, plan)
@@ -276,8 +276,9 @@ def _branch_of(
     assert kind is not None
     ones = torch.ones_like(parameters.norm2_weight)
     scale = ones if kind.fuses_first_half else None
-    parameters = parameters._replace(layer_scale_1=scale, layer_scale_2=None, residual=False)
-    eager_twin, golden_twin = in_dtype(block, dtype), in_dtype(block, torch.float64)
+    int8 = dtype == torch.int8
+    parameters = parameters._replace(layer_scale_1=scale, layer_scale_2=None, residual=False, int8=int8)
+    eager_twin, golden_twin = in_dtype(block, token_dtype(dtype)), in_dtype(block, torch.float64)
 
     def sample(seed: int) -> list[Triple]:
         x = _seeded((BATCH, plan.channels, *BRANCH_POSITIONS), seed, ones, dtype)

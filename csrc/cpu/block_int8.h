@@ -57,6 +57,7 @@ struct BlockInt8 : BlockKernel<T, GemmInt8> {
 
   struct Memory : Base::Memory {
     float* before;          // [hidden chunk][kTokens]: what GELU takes
+    int32_t* whole;         // the result of one call of a product
     float *low, *scale;     // of z, per token of the task
     float *top, *hidden_scale;  // per token of the panel: the largest of `before`, and the scale of GELU's results
     int32_t* lanes;         // per token of the task: its image, counted from that of its vector's first token
@@ -74,6 +75,7 @@ struct BlockInt8 : BlockKernel<T, GemmInt8> {
     m.y = arena.take<float>(args.per_position ? tokens * args.channels : 0);
     m.spans = arena.take<Span>(max_spans(tasks, kTokens));
     m.before = arena.take<float>(choice.hidden_chunk * kTokens);
+    m.whole = arena.take<int32_t>(Gemm::kRows * kTokens);
     m.low = arena.take<float>(tokens);
     m.scale = arena.take<float>(tokens);
     m.top = arena.take<float>(kTokens);
@@ -173,23 +175,20 @@ struct BlockInt8 : BlockKernel<T, GemmInt8> {
     const float *low = m.low + first, *scale = m.scale + first;
     for (int token = 0; token < kTokens; ++token) m.top[token] = 0;
     for (int64_t row = 0; row < chunk; row += Gemm::kRows) {
-      multiply_int8(vectors, w1.at(0, h0 + row), args.channels, m.z + first * depth1, depth1, [&](const auto& acc) {
-        constexpr int kUsed = sizeof(acc[0]) / sizeof(Ints);
-        const float *scales = w1.scales + h0 + row, *sums = w1.sums + h0 + row;
-        for (int j = 0; j < kUsed; ++j) {
-          const int64_t at = j * Vec::kLanes;
-          const float* bias = bias1 + (h0 + row) * pitch + m.images[(first + at) / Vec::kLanes];
-          const Vec lowest = Vec::load(low + at), step = Vec::load(scale + at);
-          Vec top = Vec::load(m.top + at);
-          for (int i = 0; i < Gemm::kRows; ++i) {
-            const Vec sum = fma(step, to_float(acc[i][j]), lowest * Vec::broadcast(sums[i]));
-            const Vec value = fma(Vec::broadcast(scales[i]), sum, lookup(bias + i * pitch, m.lanes + first + at));
-            value.store(m.before + (row + i) * kTokens + at);
-            top = larger(top, value);
-          }
-          top.store(m.top + at);
+      multiply_int8(vectors, w1.at(0, h0 + row), args.channels, m.z + first * depth1, depth1, m.whole);
+      const float *scales = w1.scales + h0 + row, *sums = w1.sums + h0 + row;
+      for (int64_t at = 0; at < vectors * Vec::kLanes; at += Vec::kLanes) {
+        const float* bias = bias1 + (h0 + row) * pitch + m.images[(first + at) / Vec::kLanes];
+        const Vec lowest = Vec::load(low + at), step = Vec::load(scale + at);
+        Vec top = Vec::load(m.top + at);
+        for (int i = 0; i < Gemm::kRows; ++i) {
+          const Vec sum = fma(step, load_whole(m.whole + i * kTokens + at), lowest * Vec::broadcast(sums[i]));
+          const Vec value = fma(Vec::broadcast(scales[i]), sum, lookup(bias + i * pitch, m.lanes + first + at));
+          value.store(m.before + (row + i) * kTokens + at);
+          top = larger(top, value);
         }
-      });
+        top.store(m.top + at);
+      }
       next_x.step();
     }
   }
@@ -221,20 +220,17 @@ struct BlockInt8 : BlockKernel<T, GemmInt8> {
     while (final && to < spans_end && to->panel == panel) ++to;
     for (int64_t row = 0; row < args.channels; row += Gemm::kRows) {
       if (final) this->prefetch_x(from, to, row);
-      multiply_int8(vectors, w2.at(h0, row), chunk, m.hidden, chunk, [&](const auto& acc) {
-        constexpr int kUsed = sizeof(acc[0]) / sizeof(Ints);
-        const float* scales = w2.scale(h0) + row;
-        for (int j = 0; j < kUsed; ++j) {
-          const int64_t at = j * Vec::kLanes;
-          const Vec step = Vec::load(m.hidden_scale + at);
-          const float* bias = bias2 + row * pitch + m.images[(first + at) / Vec::kLanes];
-          for (int i = 0; i < Gemm::kRows; ++i) {
-            float* sum = panel_sums + (row + i) * kTokens + at;
-            const Vec before = begins ? lookup(bias + i * pitch, m.lanes + first + at) : Vec::load(sum);
-            fma(Vec::broadcast(scales[i]), step * to_float(acc[i][j]), before).store(sum);
-          }
+      multiply_int8(vectors, w2.at(h0, row), chunk, m.hidden, chunk, m.whole);
+      const float* scales = w2.scale(h0) + row;
+      for (int64_t at = 0; at < vectors * Vec::kLanes; at += Vec::kLanes) {
+        const Vec step = Vec::load(m.hidden_scale + at);
+        const float* bias = bias2 + row * pitch + m.images[(first + at) / Vec::kLanes];
+        for (int i = 0; i < Gemm::kRows; ++i) {
+          float* sum = panel_sums + (row + i) * kTokens + at;
+          const Vec before = begins ? lookup(bias + i * pitch, m.lanes + first + at) : Vec::load(sum);
+          fma(Vec::broadcast(scales[i]), step * load_whole(m.whole + i * kTokens + at), before).store(sum);
         }
-      });
+      }
       for (int64_t c = row; final && c < row + Gemm::kRows; ++c) this->finish(from, to, c, m);
     }
   }

@@ -19,9 +19,9 @@ struct GemmInt8 {
 
   static Element* at(Element* panel, int64_t k, int64_t token) { return panel + k * kTokens + 4 * token; }
 
-  // kRows rows of weights, `stride` apart, times the first kUsed vectors of a panel. `finish` takes the sums.
-  template <int kUsed, class Finish>
-  static void run(const int8_t* weight, int64_t stride, const Element* panel, int64_t depth, Finish finish) {
+  // sums[kRows][kTokens] = kRows rows of weights, `stride` apart, times the first kUsed vectors of a panel.
+  template <int kUsed>
+  static void run(const int8_t* weight, int64_t stride, const Element* panel, int64_t depth, int32_t* sums) {
     Ints acc[kRows][kUsed];
     for (int i = 0; i < kRows; ++i)
       for (int j = 0; j < kUsed; ++j) acc[i][j] = Ints::zero();
@@ -33,24 +33,25 @@ struct GemmInt8 {
         for (int j = 0; j < kUsed; ++j) acc[i][j] = dot(acc[i][j], b[j], a);
       }
     }
-    finish(acc);
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kUsed; ++j) store(acc[i][j], sums + i * kTokens + j * Vec::kLanes);
   }
 
   static void begin() {}
   static void end() {}
 };
 
-// `run` for as many vectors as hold tokens. `finish` must take sums of any such shape.
-template <int kUsed = GemmInt8::kVectors, class Finish>
+// `run` for as many vectors as hold tokens.
+template <int kUsed = GemmInt8::kVectors>
 inline void multiply_int8(int vectors, const int8_t* weight, int64_t stride, const uint8_t* panel, int64_t depth,
-                          Finish finish) {
+                          int32_t* sums) {
   if constexpr (kUsed > 1) {
     if (vectors < kUsed) {
-      multiply_int8<kUsed - 1>(vectors, weight, stride, panel, depth, finish);
+      multiply_int8<kUsed - 1>(vectors, weight, stride, panel, depth, sums);
       return;
     }
   }
-  GemmInt8::run<kUsed>(weight, stride, panel, depth, finish);
+  GemmInt8::run<kUsed>(weight, stride, panel, depth, sums);
 }
 
 }  // namespace riformer::RIFORMER_ISA

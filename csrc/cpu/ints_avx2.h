@@ -34,7 +34,10 @@ inline Ints dot(Ints sums, Ints bytes, Ints weights) {
 #endif
 }
 
-inline Vec to_float(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline void store(Ints a, int32_t* to) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), a.v); }
+inline Vec load_whole(const int32_t* from) {
+  return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+}
 
 inline __m256i four_bytes(Vec a, Vec b, Vec c, Vec d) {
   const __m256i low = _mm256_or_si256(_mm256_cvtps_epi32(a.v), _mm256_slli_epi32(_mm256_cvtps_epi32(b.v), 8));

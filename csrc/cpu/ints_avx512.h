@@ -34,7 +34,8 @@ inline Ints dot(Ints sums, Ints bytes, Ints weights) {
 #endif
 }
 
-inline Vec to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline void store(Ints a, int32_t* to) { _mm512_storeu_si512(to, a.v); }
+inline Vec load_whole(const int32_t* from) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(from))}; }
 
 inline __m512i four_bytes(Vec a, Vec b, Vec c, Vec d) {
   const __m512i low = _mm512_or_si512(_mm512_cvtps_epi32(a.v), _mm512_slli_epi32(_mm512_cvtps_epi32(b.v), 8));

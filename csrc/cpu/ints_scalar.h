@@ -6,7 +6,8 @@
 //                  instruction sets get the same sums from the same bytes, in whatever order they add.
 //   put_bytes      the nearest whole numbers of four vectors in [0, 255], as the four bytes of each lane
 //   put_signed     the nearest whole numbers of a vector in [-127, 127], as neighbouring bytes
-//   to_float, larger, smaller (b where either is NaN), largest_lane, lookup (from[lanes[i]] in lane i)
+//   load_whole     the stored sums as float32, to nearest even
+//   larger, smaller (b where either is NaN), largest_lane, lookup (from[lanes[i]] in lane i)
 #pragma once
 
 #include <cmath>
@@ -33,7 +34,8 @@ inline Ints dot(Ints sums, Ints bytes, Ints weights) {
   return sums;
 }
 
-inline Vec to_float(Ints a) { return {static_cast<float>(a.v)}; }
+inline void store(Ints a, int32_t* to) { *to = a.v; }
+inline Vec load_whole(const int32_t* from) { return {static_cast<float>(*from)}; }
 
 // NaN becomes 0: it is no whole number, and a conversion of it is undefined.
 inline int32_t whole(Vec a) { return a.v == a.v ? static_cast<int32_t>(std::nearbyint(a.v)) : 0; }

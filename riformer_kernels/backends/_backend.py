@@ -27,6 +27,7 @@ class Backend:
         refuses: why one device of a served type is not served all the same (an older GPU), or None; without it all are.
         compiles: whether kernels are compiled when they are first used, so that ``patch`` had better use them.
         multiple: the numbers of channels, hidden ones too, must be multiples of it; 1: any number.
+        int8: whether its blocks have int8 products, so that torch.int8 may be asked for in place of a dtype.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Backend:
     refuses: Callable[[torch.device], str | None] | None = None
     compiles: bool = False
     multiple: int = 8
+    int8: bool = False
 
     def __post_init__(self) -> None:
         if self.ops.keys() != OPS.keys():
@@ -48,7 +50,7 @@ class Backend:
         """None when tokens of ``dtype`` on ``device`` are served, otherwise the reason."""
         if self.devices and device.type not in self.devices:
             return f"it serves {', '.join(self.devices)} tensors"
-        if dtype not in self.dtypes:
+        if dtype not in self.dtypes and not (dtype == torch.int8 and self.int8):
             return f"it serves {', '.join(map(name_of, self.dtypes))}"
         reason = self.unusable()
         return self.refuses(device) if reason is None and self.refuses is not None else reason

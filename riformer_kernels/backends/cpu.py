@@ -86,6 +86,7 @@ def detail() -> str:
 _load()
 
 BACKEND = Backend(
+    int8=True,
     name="cpu",
     automatic=True,
     devices=("cpu",),
