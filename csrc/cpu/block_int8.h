@@ -171,26 +171,34 @@ struct BlockInt8 : BlockKernel<T, GemmInt8> {
 
   // before = W1 z + b1 for one panel and the chunk at h0.
   void first_product(int64_t h0, int64_t chunk, int64_t panel, int vectors, RowPrefetcher& next_x, const Memory& m) const {
-    const int64_t first = panel * kTokens;
-    const float *low = m.low + first, *scale = m.scale + first;
     for (int token = 0; token < kTokens; ++token) m.top[token] = 0;
     for (int64_t row = 0; row < chunk; row += Gemm::kRows) {
-      multiply_int8(vectors, w1.at(0, h0 + row), args.channels, m.z + first * depth1, depth1, m.whole);
-      const float *scales = w1.scales + h0 + row, *sums = w1.sums + h0 + row;
-      for (int64_t at = 0; at < vectors * Vec::kLanes; at += Vec::kLanes) {
-        const float* bias = bias1 + (h0 + row) * pitch + m.images[(first + at) / Vec::kLanes];
-        const Vec lowest = Vec::load(low + at), step = Vec::load(scale + at);
-        Vec top = Vec::load(m.top + at);
-        for (int i = 0; i < Gemm::kRows; ++i) {
-          const Vec sum = fma(step, load_whole(m.whole + i * kTokens + at), lowest * Vec::broadcast(sums[i]));
-          const Vec value = fma(Vec::broadcast(scales[i]), sum, lookup(bias + i * pitch, m.lanes + first + at));
-          value.store(m.before + (row + i) * kTokens + at);
-          top = larger(top, value);
-        }
-        top.store(m.top + at);
-      }
+      multiply_int8(vectors, w1.at(0, h0 + row), args.channels, m.z + panel * kTokens * depth1, depth1, m.whole);
+      for (int vector = 0; vector < vectors; ++vector) first_sums(h0, row, panel * Gemm::kVectors + vector, m);
       next_x.step();
     }
+  }
+
+  // The sums of rows [row, row + kRows) of the chunk, as float32, for one vector of the task.
+  [[gnu::noinline]] void first_sums(int64_t h0, int64_t row, int64_t vector, const Memory& m) const {
+    const int64_t token = vector * Vec::kLanes, at = token % kTokens;
+    const float *scales = w1.scales + h0 + row, *sums = w1.sums + h0 + row;
+    const float* bias = bias1 + (h0 + row) * pitch + m.images[vector];
+    const int32_t* whole = m.whole + at;
+    float* before = m.before + row * kTokens + at;
+    const Ints image = Ints::load(m.lanes + token);
+    const Vec lowest = Vec::load(m.low + token), step = Vec::load(m.scale + token);
+    Vec top = Vec::load(m.top + at);
+    for (int i = 0; i < Gemm::kRows; ++i) {
+      const Vec sum = fma(step, load_whole(whole), lowest * Vec::broadcast(sums[i]));
+      const Vec value = fma(Vec::broadcast(scales[i]), sum, lookup(bias, image));
+      value.store(before);
+      top = larger(top, value);
+      whole += kTokens;
+      before += kTokens;
+      bias += pitch;
+    }
+    top.store(m.top + at);
   }
 
   // hidden = gelu(before), as bytes.
@@ -211,9 +219,8 @@ struct BlockInt8 : BlockKernel<T, GemmInt8> {
 
   // sums = or += W2 hidden for one panel and the chunk at h0. After the last chunk the channels are finished.
   void second_product(int64_t h0, int64_t chunk, int64_t panel, int vectors, const Span* spans_end, const Memory& m) const {
-    const int64_t first = panel * kTokens;
-    float* panel_sums = m.sums + first * rows2;
-    const bool begins = h0 == 0, final = h0 + chunk >= args.hidden;
+    const bool final = h0 + chunk >= args.hidden;
+    const float* scales = w2.scale(h0);
     const Span* from = m.spans;
     while (final && from->panel < panel) ++from;
     const Span* to = from;
@@ -221,18 +228,33 @@ struct BlockInt8 : BlockKernel<T, GemmInt8> {
     for (int64_t row = 0; row < args.channels; row += Gemm::kRows) {
       if (final) this->prefetch_x(from, to, row);
       multiply_int8(vectors, w2.at(h0, row), chunk, m.hidden, chunk, m.whole);
-      const float* scales = w2.scale(h0) + row;
-      for (int64_t at = 0; at < vectors * Vec::kLanes; at += Vec::kLanes) {
-        const Vec step = Vec::load(m.hidden_scale + at);
-        const float* bias = bias2 + row * pitch + m.images[(first + at) / Vec::kLanes];
-        for (int i = 0; i < Gemm::kRows; ++i) {
-          float* sum = panel_sums + (row + i) * kTokens + at;
-          const Vec before = begins ? lookup(bias + i * pitch, m.lanes + first + at) : Vec::load(sum);
-          fma(Vec::broadcast(scales[i]), step * load_whole(m.whole + i * kTokens + at), before).store(sum);
-        }
-      }
+      for (int vector = 0; vector < vectors; ++vector)
+        second_sums(scales + row, row, panel * Gemm::kVectors + vector, h0 == 0, m);
       for (int64_t c = row; final && c < row + Gemm::kRows; ++c) this->finish(from, to, c, m);
     }
+  }
+
+  // Adds the sums of rows [row, row + kRows), or begins with the biases, for one vector of the task.
+  [[gnu::noinline]] void second_sums(const float* scales, int64_t row, int64_t vector, bool begins,
+                                     const Memory& m) const {
+    const int64_t token = vector * Vec::kLanes, at = token % kTokens;
+    const int32_t* whole = m.whole + at;
+    float* sum = m.sums + (token - at) * rows2 + row * kTokens + at;
+    const Vec step = Vec::load(m.hidden_scale + at);
+    const auto add = [&](auto before) {
+      for (int i = 0; i < Gemm::kRows; ++i) {
+        fma(Vec::broadcast(scales[i]), step * load_whole(whole), before()).store(sum);
+        whole += kTokens;
+        sum += kTokens;
+      }
+    };
+    if (!begins) {
+      add([&] { return Vec::load(sum); });
+      return;
+    }
+    const Ints image = Ints::load(m.lanes + token);
+    const float* bias = bias2 + row * pitch + m.images[vector] - pitch;
+    add([&] { return lookup(bias += pitch, image); });
   }
 
   void run_task(int64_t task) {

@@ -15,6 +15,7 @@ struct Ints {
 
   static Ints zero() { return {_mm256_setzero_si256()}; }
   static Ints load(const uint8_t* from) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))}; }
+  static Ints load(const int32_t* from) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))}; }
   static Ints broadcast(const int8_t* from) {
     int four;
     std::memcpy(&four, from, 4);
@@ -22,15 +23,16 @@ struct Ints {
   }
 };
 
-inline Ints dot(Ints sums, Ints bytes, Ints weights) {
+inline void add_dot(Ints& sums, Ints bytes, Ints weights) {
 #ifdef __AVXVNNI__
-  return {_mm256_dpbusd_avx_epi32(sums.v, bytes.v, weights.v)};
+  // Assembly, since GCC 12 copies the sums around the intrinsic: that doubles the instructions of a product.
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums.v) : "x"(bytes.v), "x"(weights.v));
 #else
   // In 16 bits, and not by vpmaddubsw, which saturates. The compiler shares the halves among the calls of a product.
   const __m256i even = _mm256_madd_epi16(_mm256_and_si256(bytes.v, _mm256_set1_epi16(255)),
                                          _mm256_srai_epi16(_mm256_slli_epi16(weights.v, 8), 8));
   const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(bytes.v, 8), _mm256_srai_epi16(weights.v, 8));
-  return {_mm256_add_epi32(sums.v, _mm256_add_epi32(even, odd))};
+  sums.v = _mm256_add_epi32(sums.v, _mm256_add_epi32(even, odd));
 #endif
 }
 
@@ -72,9 +74,8 @@ inline float largest_lane(Vec a) {
   return top;
 }
 
-inline Vec lookup(const float* from, const int32_t* lanes) {
-  return {_mm256_permutevar8x32_ps(_mm256_loadu_ps(from),
-                                   _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)))};
+inline Vec lookup(const float* from, Ints lanes) {
+  return {_mm256_permutevar8x32_ps(_mm256_loadu_ps(from), lanes.v)};
 }
 
 }  // namespace riformer::RIFORMER_ISA

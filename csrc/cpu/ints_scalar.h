@@ -2,12 +2,12 @@
 //
 // Each ints_*.h must offer, beside the Vec of its vec_*.h:
 //   Ints           int32 lanes, each of which may be taken for four bytes
-//   dot            sums + the products of four unsigned with four signed bytes, lane by lane. It must be exact: then all
+//   add_dot        adds to sums the products of four unsigned with four signed bytes, lane by lane. It must be exact: then all
 //                  instruction sets get the same sums from the same bytes, in whatever order they add.
 //   put_bytes      the nearest whole numbers of four vectors in [0, 255], as the four bytes of each lane
 //   put_signed     the nearest whole numbers of a vector in [-127, 127], as neighbouring bytes
 //   load_whole     the stored sums as float32, to nearest even
-//   larger, smaller (b where either is NaN), largest_lane, lookup (from[lanes[i]] in lane i)
+//   larger, smaller (b where either is NaN), largest_lane, lookup (in lane i what from[] has at lanes' lane i)
 #pragma once
 
 #include <cmath>
@@ -24,14 +24,14 @@ struct Ints {
   static Ints load(const uint8_t* from) {
     return {static_cast<int32_t>(from[0] | from[1] << 8 | from[2] << 16 | static_cast<uint32_t>(from[3]) << 24)};
   }
+  static Ints load(const int32_t* from) { return {*from}; }
   static Ints broadcast(const int8_t* from) { return load(reinterpret_cast<const uint8_t*>(from)); }
 };
 
-inline Ints dot(Ints sums, Ints bytes, Ints weights) {
+inline void add_dot(Ints& sums, Ints bytes, Ints weights) {
   for (int shift = 0; shift < 32; shift += 8)
     sums.v += static_cast<int32_t>(static_cast<uint32_t>(bytes.v) >> shift & 255) *
               static_cast<int8_t>(static_cast<uint32_t>(weights.v) >> shift);
-  return sums;
 }
 
 inline void store(Ints a, int32_t* to) { *to = a.v; }
@@ -53,6 +53,6 @@ inline Vec larger(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec smaller(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 inline float largest_lane(Vec a) { return a.v; }
 
-inline Vec lookup(const float* from, const int32_t* lanes) { return {from[*lanes]}; }
+inline Vec lookup(const float* from, Ints lanes) { return {from[lanes.v]}; }
 
 }  // namespace riformer::RIFORMER_ISA
