@@ -176,7 +176,7 @@ std::string select(const char* name) {
 std::string describe() {
   const State& now = state();
   const InstructionSet* chosen = now.chosen.load();
-  std::string supported, features;
+  std::string supported, features, used;
   for (const InstructionSet& set : kInstructionSets)
     if (!(set.needs & ~now.features)) supported += (supported.empty() ? "" : ", ") + quoted(set.name);
   std::string compiled;
@@ -184,7 +184,9 @@ std::string describe() {
   for (const Feature& feature : kFeatures)
     features +=
         (features.empty() ? "" : ", ") + quoted(feature.name) + ": " + (now.features & feature.bit ? "true" : "false");
-  return "{\"chosen\": " + (chosen ? quoted(chosen->name) : "null") + ", \"supported\": [" + supported +
+  for (const Feature& feature : kFeatures)
+    if (chosen && (chosen->needs & feature.bit)) used += (used.empty() ? "" : ", ") + quoted(feature.name);
+  return "{\"chosen\": " + (chosen ? quoted(chosen->name) : "null") + ", \"used\": [" + used + "], \"supported\": [" + supported +
          "], \"compiled\": [" + compiled + "], \"features\": {" + features +
          "}, \"error\": " + (now.error.empty() ? "null" : quoted(now.error)) + "}";
 }

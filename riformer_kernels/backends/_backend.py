@@ -28,6 +28,7 @@ class Backend:
         compiles: whether kernels are compiled when they are first used, so that ``patch`` had better use them.
         multiple: the numbers of channels, hidden ones too, must be multiples of it; 1: any number.
         int8: whether its blocks have int8 products, so that torch.int8 may be asked for in place of a dtype.
+        slow: why products of a dtype are slow on this machine, or None; without it none are.
     """
 
     name: str
@@ -41,10 +42,16 @@ class Backend:
     compiles: bool = False
     multiple: int = 8
     int8: bool = False
+    slow: Callable[[torch.dtype], str | None] | None = None
 
     def __post_init__(self) -> None:
         if self.ops.keys() != OPS.keys():
             raise TypeError(f"backend {self.name!r} has the ops {sorted(self.ops)}, expected {sorted(OPS)}")
+
+    def served(self, dtype: torch.dtype) -> str:
+        """Name and detail for reports, with the reason why products of ``dtype`` are slow, if they are."""
+        reason = self.slow(dtype) if self.slow is not None else None
+        return f"{self.name} ({self.detail()}{f'; slow in {name_of(dtype)}: {reason}' if reason else ''})"
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """None when tokens of ``dtype`` on ``device`` are served, otherwise the reason."""
