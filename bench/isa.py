@@ -15,8 +15,8 @@ class InstructionSet:
 
     Attributes:
         name: as the library has it.
-        hardware: whether it is an extension of the processor, which peers can use as well. Plain C++ and emulated
-            instructions are for correctness: nobody is measured with them.
+        hardware: whether it is an extension of the processor, which peers can use as well, and changes what is
+            compared. Plain C++ and emulated instructions are for correctness: nobody is measured with them.
         environment: variables of a worker that may not use more than this set; none for the best set, which needs no
             limit.
         march: what torch.compile may compile for under this limit.
@@ -69,6 +69,9 @@ TABLE = {
             dtypes=("float32",),
         ),
         InstructionSet("amx-emulated", hardware=False),
+        # The float kernels of avx512 and avx2 once more, beside int8 ones: no dtype that is compared differs.
+        InstructionSet("avx512_vnni", hardware=False),
+        InstructionSet("avx2_vnni", hardware=False),
         InstructionSet("scalar", hardware=False),
     )
 }

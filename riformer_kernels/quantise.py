@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-CHUNK = 256  # hidden channels, as in csrc/cpu/block_int8.h
+CHUNK = 128  # hidden channels, as in csrc/cpu/block_int8.h
 SHIFT = 0.17  # GELU is not less than -0.16998
 SMALLEST_RANGE = 1e-30
 

@@ -117,11 +117,18 @@ std::tuple<Tensor, Tensor> embed(const Tensor& x, const Tensor& weight, const Op
   return {out, out_moments};
 }
 
+void choose_products(riformer::cpu::BlockArgs& args, bool int8) {
+  args.int8 = int8;
+  if (int8 && args.channels > riformer::cpu::kLongestInt8Sum)
+    fail("riformer::block: int8 is true with ", args.channels, " channels, expected at most ",
+         riformer::cpu::kLongestInt8Sum, ": longer sums of bytes exceed 32 bits; leave it false");
+}
+
 std::tuple<Tensor, Tensor> block(const Tensor& x, const OptionalTensor& moments, RIFORMER_BLOCK_PARAMETERS) {
   Parameters parameters;
   riformer::cpu::BlockArgs args{};
   describe_block(args, parameters, x, RIFORMER_BLOCK_ARGUMENTS);
-  args.int8 = int8;
+  choose_products(args, int8);
   args.pool = pool();
   Tensor held;
   args.moments = moments_data(moments, x, per_position, held);
@@ -142,7 +149,7 @@ void block_(Tensor x, OptionalTensor moments, RIFORMER_BLOCK_PARAMETERS) {
   Parameters parameters;
   riformer::cpu::BlockArgs args{};
   describe_block(args, parameters, x, RIFORMER_BLOCK_ARGUMENTS);
-  args.int8 = int8;
+  choose_products(args, int8);
   args.pool = pool();
   Tensor held;
   args.moments = moments_data(moments, x, per_position, held);

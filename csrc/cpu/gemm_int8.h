@@ -16,8 +16,6 @@ struct GemmInt8 {
   static constexpr int kStep = 4;
   static constexpr int kRows = RIFORMER_GEMM_ROWS;
   static constexpr int kVectors = RIFORMER_GEMM_VECTORS;
-  // A sum of more products could exceed int32: each is at most 255 * 127.
-  static constexpr int64_t kLongestSum = 2147483647 / (255 * 127);
 
   static Element* at(Element* panel, int64_t k, int64_t token) { return panel + k * kTokens + 4 * token; }
 

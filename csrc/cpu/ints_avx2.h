@@ -66,12 +66,17 @@ inline void put_signed(int8_t* to, Vec a, int n) {
 
 inline Vec larger(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec smaller(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
-inline float largest_lane(Vec a) {
-  alignas(32) float lanes[Vec::kLanes];
-  a.store(lanes);
-  float top = lanes[0];
-  for (const float lane : lanes) top = top > lane ? top : lane;
-  return top;
+inline Vec larger_size(Vec a, Vec b) {
+  return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(abs(b).v)))};
+}
+inline float largest_size(Vec a) {
+  alignas(32) int32_t lanes[Vec::kLanes];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_castps_si256(a.v));
+  int32_t bits = 0;
+  for (const int32_t lane : lanes) bits = bits > lane ? bits : lane;
+  float found;
+  std::memcpy(&found, &bits, 4);
+  return found;
 }
 
 inline Vec lookup(const float* from, Ints lanes) {

@@ -59,7 +59,15 @@ inline void put_signed(int8_t* to, Vec a, int n) { _mm_mask_storeu_epi8(to, Vec:
 
 inline Vec larger(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec smaller(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
-inline float largest_lane(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline Vec larger_size(Vec a, Vec b) {
+  return {_mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(abs(b).v)))};
+}
+inline float largest_size(Vec a) {
+  const int32_t bits = _mm512_reduce_max_epi32(_mm512_castps_si512(a.v));
+  float found;
+  std::memcpy(&found, &bits, 4);
+  return found;
+}
 
 inline Vec lookup(const float* from, Ints lanes) { return {_mm512_permutexvar_ps(lanes.v, _mm512_loadu_ps(from))}; }
 

@@ -7,7 +7,8 @@
 //   put_bytes      the nearest whole numbers of four vectors in [0, 255], as the four bytes of each lane
 //   put_signed     the nearest whole numbers of a vector in [-127, 127], as neighbouring bytes
 //   load_whole     the stored sums as float32, to nearest even
-//   larger, smaller (b where either is NaN), largest_lane, lookup (in lane i what from[] has at lanes' lane i)
+//   larger_size    of a >= 0 and |b|, where NaN counts as larger than infinity; largest_size: that of the lanes
+//   larger, smaller (b where either is NaN), lookup (in lane i what from[] has at lanes' lane i)
 #pragma once
 
 #include <cmath>
@@ -51,7 +52,8 @@ inline void put_signed(int8_t* to, Vec a, Lanes) {
 
 inline Vec larger(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec smaller(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
-inline float largest_lane(Vec a) { return a.v; }
+inline Vec larger_size(Vec a, Vec b) { return {a.v >= std::fabs(b.v) || a.v != a.v ? a.v : std::fabs(b.v)}; }
+inline float largest_size(Vec a) { return a.v; }
 
 inline Vec lookup(const float* from, Ints lanes) { return {from[lanes.v]}; }
 

@@ -88,6 +88,9 @@ struct MomentsArgs {
   Pool pool;
 };
 
+// A longer sum of products of bytes, each at most 255 * 127, could exceed int32.
+constexpr int64_t kLongestInt8Sum = 2147483647 / (255 * 127);
+
 // What a block returns that found a value in a row of a weight that is not finite: `which` is 0 for fc1, 1 for fc2.
 constexpr int64_t not_finite(int which, int64_t row) { return -(2 * row + which) - 1; }
 

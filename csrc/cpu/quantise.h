@@ -48,16 +48,13 @@ template <class W>
 inline bool find_scales(const W* row, const Int8Weights& weights, int64_t index) {
   bool finite = true;
   for (int64_t first = 0; first < weights.depth; first += weights.chunk) {
-    // NaN and infinity times zero are NaN, which stays in a sum.
-    Vec top = Vec::zero(), doubt = Vec::zero();
-    for_each_vector(weights.length(first), [&](int64_t k, auto lanes) {
-      const Vec value = load(row + first + k, lanes);
-      top = larger(abs(value), top);
-      doubt = fma(value, Vec::zero(), doubt);
-    });
-    const float range = largest_lane(top);
-    finite = finite && doubt.sum() == 0.f;
-    weights.scales[first / weights.chunk * weights.rows + index] = (range > kSmallestRange ? range : kSmallestRange) / 127.f;
+    Vec top = Vec::zero();
+    for_each_vector(weights.length(first),
+                    [&](int64_t k, auto lanes) { top = larger_size(top, load(row + first + k, lanes)); });
+    const float range = largest_size(top);
+    finite = finite && range - range == 0.f;
+    weights.scales[first / weights.chunk * weights.rows + index] =
+        (range > kSmallestRange ? range : kSmallestRange) / 127.f;
   }
   return finite;
 }

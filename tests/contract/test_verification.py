@@ -103,8 +103,8 @@ def mutants(plain):
         return plain.ops["block"](*arguments)
 
     def per_position(*arguments):
-        *rest, _, residual = arguments
-        out, _ = plain.ops["block"](*rest, True, residual)
+        *rest, _, residual, int8 = arguments
+        out, _ = plain.ops["block"](*rest, True, residual, int8)
         return out, plain.ops["moments"](out)
 
     return {
