@@ -56,11 +56,14 @@ class ErrorRatios:
 
 # How many times eager's RMS ours may be. Eager's own memory formats differ by 1.7 to 2x in float32.
 _RMS_LIMITS = {torch.float32: 2.0, torch.bfloat16: 1.25, torch.float16: 1.25, torch.float64: 1.25}
-# int8 products, against eager bfloat16.
+# int8 products, against eager bfloat16. Measured at the 96 x 96 pixels of verification, over S12, M36 and tiny
+# models: RMS at most 1.43 (features), 1.43 (logits, which average nine positions there; at 224 x 224 it is
+# 0.8) and 3.6 (branches, where there is no residual whose rounding eager's error would be). max, channel and position
+# were at most 2.1, 1.7 and 1.6; 1.7, 1.5 and 1.5; 4.5, 3.4 and 4.7.
 _INT8_LIMITS = {
-    "features": ErrorFigures(max=9.0, rms=9.0, channel=9.0, position=9.0),
-    "logits": ErrorFigures(max=9.0, rms=9.0, channel=9.0, position=9.0),
-    "branch": ErrorFigures(max=9.0, rms=9.0, channel=9.0, position=9.0),
+    "features": ErrorFigures(max=3.0, rms=1.5, channel=2.0, position=3.0),
+    "logits": ErrorFigures(max=2.0, rms=1.5, channel=2.0, position=2.0),
+    "branch": ErrorFigures(max=6.0, rms=4.5, channel=4.5, position=6.0),
 }
 
 

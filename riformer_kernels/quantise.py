@@ -4,13 +4,13 @@ Weights are signed bytes with a scale per output channel, and what they multiply
 token. W2 and the hidden tensor have such scales for each chunk of hidden channels. Every scale comes from the values at
 hand, so there is nothing to calibrate and nothing that may be stale.
 
-Rounding a weight shifts a result by nearly the same amount at all positions of an image, as the channels have means, and
-what is averaged over the positions collects such shifts. So they are taken out, image by image:
+Rounding a weight shifts a result by nearly the same amount at all positions of an image, as the channels have means.
+What is averaged over the positions collects such shifts, so they are taken out, image by image:
 
 - z goes through the product without its mean. W1 mean(z) is added in float.
-- (W2 - rounded W2) mean(hidden) is added. The mean is an estimate, since the kernels need it before the hidden channels:
-  that of GELU over normally distributed values, with their true mean W1 mean(z) + b1 and the standard deviation
-  |row of W1| * (that of z over the positions).
+- (W2 - rounded W2) mean(hidden) is added. The mean is an estimate, since the kernels need it before the hidden
+  channels: that of GELU over normally distributed values, with their true mean W1 mean(z) + b1 and the standard
+  deviation |row of W1| * (that of z over the positions).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-CHUNK = 128  # hidden channels, as in csrc/cpu/block_int8.h
+CHUNK = 256  # hidden channels, as in csrc/cpu/block_int8.h
 SHIFT = 0.17  # GELU is not less than -0.16998
 SMALLEST_RANGE = 1e-30
 
@@ -74,8 +74,11 @@ def mean_of_gelu(mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes(z: torch.Tensor) -> torch.Tensor:
-    """Tokens [B, C, positions] as unsigned bytes with a scale and a lowest value per token, given back as floats."""
-    low, high = z.aminmax(dim=1, keepdim=True)
+    """Tokens [B, C, positions] as unsigned bytes with a scale and a lowest value per token, given back as floats.
+
+    Zero, which is the mean, is in the range of every token.
+    """
+    low, high = z.amin(dim=1, keepdim=True).clamp(max=0), z.amax(dim=1, keepdim=True).clamp(min=0)
     return _rounded(z, (high - low).clamp(min=SMALLEST_RANGE) / 255, low)
 
 

@@ -131,8 +131,8 @@ struct BlockKernel {
       }
   }
 
-  // y of n positions of a span, from position j on, with LayerNorm: to rows kTokens apart, and its statistics. It is kept
-  // in float32, as its statistics are known only after it.
+  // y of n positions of a span, from position j on, with LayerNorm: to rows kTokens apart, and its statistics. It is
+  // kept in float32, as its statistics are known only after it.
   void position_rows(const Span& span, int j, int n, float* y, Vec* mean, Vec* rstd) const {
     const int64_t channels = args.channels;
     const float *weight1 = maps, *bias1 = maps + channels;

@@ -186,8 +186,8 @@ std::string describe() {
         (features.empty() ? "" : ", ") + quoted(feature.name) + ": " + (now.features & feature.bit ? "true" : "false");
   for (const Feature& feature : kFeatures)
     if (chosen && (chosen->needs & feature.bit)) used += (used.empty() ? "" : ", ") + quoted(feature.name);
-  return "{\"chosen\": " + (chosen ? quoted(chosen->name) : "null") + ", \"used\": [" + used + "], \"supported\": [" + supported +
-         "], \"compiled\": [" + compiled + "], \"features\": {" + features +
+  return "{\"chosen\": " + (chosen ? quoted(chosen->name) : "null") + ", \"used\": [" + used + "], \"supported\": [" +
+         supported + "], \"compiled\": [" + compiled + "], \"features\": {" + features +
          "}, \"error\": " + (now.error.empty() ? "null" : quoted(now.error)) + "}";
 }
 

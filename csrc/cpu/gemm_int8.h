@@ -19,15 +19,16 @@ struct GemmInt8 {
 
   static Element* at(Element* panel, int64_t k, int64_t token) { return panel + k * kTokens + 4 * token; }
 
-  // sums[kRows][kTokens] = kRows rows of weights, `stride` apart, times the first kUsed vectors of a panel. The loops are
-  // unrolled by name, as GCC 12 otherwise passes the sums through memory after the loop. Not inlined, so that it has
-  // the registers to itself.
+  // sums[kRows][kTokens] = kRows rows of weights, `stride` apart, times the first kUsed vectors of a panel. The loops
+  // are unrolled by name, as GCC 12 otherwise passes the sums through memory after the loop. Not inlined, so that it
+  // has the registers to itself.
   template <int kUsed>
   [[gnu::noinline]] static void run(const int8_t* weight, int64_t stride, const Element* panel, int64_t depth,
                                     int32_t* sums) {
     Ints acc[kRows][kUsed];
-    RIFORMER_UNROLL for (int i = 0; i < kRows; ++i)
+    RIFORMER_UNROLL for (int i = 0; i < kRows; ++i) {
       RIFORMER_UNROLL for (int j = 0; j < kUsed; ++j) acc[i][j] = Ints::zero();
+    }
     for (int64_t k = 0; k < depth; k += 4) {
       Ints b[kUsed];
       RIFORMER_UNROLL for (int j = 0; j < kUsed; ++j) b[j] = Ints::load(panel + k * kTokens + 4 * j * Vec::kLanes);
@@ -36,8 +37,9 @@ struct GemmInt8 {
         RIFORMER_UNROLL for (int j = 0; j < kUsed; ++j) add_dot(acc[i][j], b[j], a);
       }
     }
-    RIFORMER_UNROLL for (int i = 0; i < kRows; ++i)
+    RIFORMER_UNROLL for (int i = 0; i < kRows; ++i) {
       RIFORMER_UNROLL for (int j = 0; j < kUsed; ++j) store(acc[i][j], sums + i * kTokens + j * Vec::kLanes);
+    }
   }
 
   static void begin() {}

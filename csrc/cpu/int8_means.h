@@ -10,8 +10,8 @@
 namespace riformer::RIFORMER_ISA {
 
 // The mean of GELU over normally distributed values of this mean and standard deviation, by the quadrature of Gauss and
-// Hermite with three nodes. What it is for needs no more: with the true means of the hidden channels S12's features have
-// 1.33x of eager bfloat16's error, with these 1.33x, without any 1.65x.
+// Hermite with three nodes. What it is for needs no more: with the true means of the hidden channels S12's features
+// have 1.33x of eager bfloat16's error, with these 1.33x, without any 1.65x.
 inline Vec mean_of_gelu(Vec mean, Vec deviation) {
   const Vec step = deviation * Vec::broadcast(1.7320508f);
   const Vec around = gelu_bfloat16(mean + step) + gelu_bfloat16(mean - step);

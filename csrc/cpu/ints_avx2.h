@@ -79,8 +79,6 @@ inline float largest_size(Vec a) {
   return found;
 }
 
-inline Vec lookup(const float* from, Ints lanes) {
-  return {_mm256_permutevar8x32_ps(_mm256_loadu_ps(from), lanes.v)};
-}
+inline Vec lookup(const float* from, Ints lanes) { return {_mm256_permutevar8x32_ps(_mm256_loadu_ps(from), lanes.v)}; }
 
 }  // namespace riformer::RIFORMER_ISA

@@ -2,7 +2,8 @@
 //
 // Each ints_*.h must offer, beside the Vec of its vec_*.h:
 //   Ints           int32 lanes, each of which may be taken for four bytes
-//   add_dot        adds to sums the products of four unsigned with four signed bytes, lane by lane. It must be exact: then all
+//   add_dot        adds to sums the products of four unsigned with four signed bytes, lane by lane. It must be exact:
+//   then all
 //                  instruction sets get the same sums from the same bytes, in whatever order they add.
 //   put_bytes      the nearest whole numbers of four vectors in [0, 255], as the four bytes of each lane
 //   put_signed     the nearest whole numbers of a vector in [-127, 127], as neighbouring bytes
@@ -38,8 +39,8 @@ inline void add_dot(Ints& sums, Ints bytes, Ints weights) {
 inline void store(Ints a, int32_t* to) { *to = a.v; }
 inline Vec load_whole(const int32_t* from) { return {static_cast<float>(*from)}; }
 
-// NaN becomes 0: it is no whole number, and a conversion of it is undefined.
-inline int32_t whole(Vec a) { return a.v == a.v ? static_cast<int32_t>(std::nearbyint(a.v)) : 0; }
+// NaN and infinity become 0, as a conversion of them is undefined. Their scales are not finite, and carry them on.
+inline int32_t whole(Vec a) { return std::fabs(a.v) < 1e6f ? static_cast<int32_t>(std::nearbyint(a.v)) : 0; }
 template <class Lanes>
 inline void put_bytes(uint8_t* to, Vec a, Vec b, Vec c, Vec d, Lanes) {
   const Vec four[4] = {a, b, c, d};

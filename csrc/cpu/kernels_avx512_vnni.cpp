@@ -1,5 +1,5 @@
-// The instruction set "avx512_vnni": AVX-512 F, BW, DQ, VL and VNNI, without BF16. float32 products for every dtype, and
-// int8 products.
+// The instruction set "avx512_vnni": AVX-512 F, BW, DQ, VL and VNNI, without BF16. float32 products for every dtype,
+// and int8 products.
 #define RIFORMER_ISA avx512_vnni
 #define RIFORMER_GEMM_ROWS 8
 #define RIFORMER_GEMM_VECTORS 3

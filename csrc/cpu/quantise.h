@@ -22,9 +22,9 @@ constexpr float kSmallestRange = 1e-30f;
 
 struct Int8Weights {
   Parameter from;
-  int64_t rows, depth, chunk;  // a row's `depth` elements in chunks, of which the last may be shorter
-  int8_t* values;              // [chunk][row][elements of the chunk]
-  float *scales, *sums;        // [chunk][row]: the scale, and the sum of the bytes
+  int64_t rows, depth, chunk;        // a row's `depth` elements in chunks, of which the last may be shorter
+  int8_t* values;                    // [chunk][row][elements of the chunk]
+  float *scales, *sums;              // [chunk][row]: the scale, and the sum of the bytes
   std::atomic<int64_t> bad_row{-1};  // a row with a value that is not finite
 
   Int8Weights(const Parameter& from_, int64_t rows_, int64_t depth_, int64_t chunk_)
@@ -98,7 +98,7 @@ inline float quantise_row(const W* row, const Int8Weights& weights, int64_t inde
   if (count == 1) {
     square = quantise_row<kResidual, 1>(row, weights, index, each, totals);
   } else if (Vec::kLanes > 4 && count <= 4) {
-    square = quantise_row<kResidual, Vec::kLanes < 4 ? 1 : 4>(row, weights, index, each, totals);
+    square = quantise_row < kResidual, Vec::kLanes<4 ? 1 : 4>(row, weights, index, each, totals);
   } else {
     square = quantise_row<kResidual, Vec::kLanes>(row, weights, index, each, totals);
   }

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from . import _images
 from ._arguments import COMPUTE, EXIT_CODES, add_backend, add_format, add_norm, dtype, integer, number
-from ._models import Source, arch_name, check_arch, compute_dtype, is_published, published_names, read, served_by, torch_dtype
+from ._models import (
+    Source,
+    arch_name,
+    check_arch,
+    compute_dtype,
+    is_published,
+    published_names,
+    read,
+    served_by,
+    torch_dtype,
+)
 from ._output import CliError, document, note, printable, progress, table
 
 if TYPE_CHECKING:

@@ -329,7 +329,8 @@ def _parameters(values: tuple[Any, ...]) -> BlockParameters:
     p = BlockParameters(*values)
     if p.int8:
         raise BackendError(
-            "riformer::block: int8 is true, and Triton's kernels have no int8 products, only the CPU's have; leave it false"
+            "riformer::block: int8 is true, and Triton's kernels have no int8 products, only the CPU's have; leave it "
+            "false"
         )
     return p
 
