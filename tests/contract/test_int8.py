@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -15,6 +16,7 @@ from support_cpu import selected
 
 from riformer_kernels import BackendError, VerificationError, backends, norm_mlp, numerics, patch, unpatch
 from riformer_kernels.backends import cpu
+from riformer_kernels.ops.block import BlockParameters
 
 
 @pytest.fixture(params=["gn", "ln"])
@@ -72,13 +74,12 @@ def test_limits_are_enforced(make, backend, monkeypatch, what):
 
 def test_a_broken_product_fails_verification(make, backend, monkeypatch):
     plain = backends.ALL[backend]
+    block = plain.ops["block"]
 
     def without_bias(x, moments, *parameters):
-        values = list(parameters)
-        values[10] = None
-        return plain.ops["block"](x, moments, *values)
+        return block(x, moments, *BlockParameters(*parameters)._replace(fc1_bias=None))
 
-    monkeypatch.setitem(plain.ops, "block", without_bias)
+    monkeypatch.setitem(backends.ALL, backend, dataclasses.replace(plain, ops={**plain.ops, "block": without_bias}))
     with pytest.raises(VerificationError):
         patch(make(num_classes=100), backend=backend, compute_dtype=torch.int8)
 
