@@ -16,8 +16,8 @@ class InstructionSet:
     Attributes:
         name: as the library has it.
         architecture: of the processors that have it; sets of different ones never meet.
-        hardware: whether it is an extension of the processor, which peers can use as well. Plain C++ and emulated
-            instructions are for correctness: nobody is measured with them.
+        hardware: whether it is an extension of the processor, which peers can use as well, and changes what is
+            compared. Plain C++ and emulated instructions are for correctness: nobody is measured with them.
         environment: variables of a worker that may not use more than this set; none for the best set, which needs no
             limit.
         march: what torch.compile may compile for under this limit.
@@ -71,6 +71,9 @@ TABLE = {
             dtypes=("float32",),
         ),
         InstructionSet("amx-emulated", hardware=False),
+        # The float kernels of avx512 and avx2 once more, beside int8 ones: no dtype that is compared differs.
+        InstructionSet("avx512_vnni", hardware=False),
+        InstructionSet("avx2_vnni", hardware=False),
         # No limits, since neither oneDNN nor PyTorch has a variable for these. Nothing has been measured on Arm yet.
         InstructionSet("neon_bf16", architecture="aarch64"),
         InstructionSet("neon", architecture="aarch64"),

@@ -14,6 +14,7 @@ from torch import nn
 
 from .backends import Backend
 from .block_kind import BlockKind, first_half
+from .dtypes import token_dtype
 from .errors import InputError
 from .modules import Backbone
 from .network import watched
@@ -82,13 +83,14 @@ class ForwardPass:
     ) -> None:
         """
         Args:
-            dtype: of the tokens.
+            dtype: of the tokens, or int8 for blocks whose products are int8.
             outer: the autocast that original modules run in.
         """
         self.backbone = backbone
         self.program = program
         self.ops = backend.ops
-        self.dtype = dtype
+        self.dtype = token_dtype(dtype)
+        self.int8 = dtype == torch.int8
         self.outer = outer
         self.traced = program if isinstance(program, TracedProgram) else None
         self.tokens: torch.Tensor
@@ -135,6 +137,8 @@ class ForwardPass:
         if not kind.fuses_first_half:
             self.first_half(kind, module)
         parameters = self.program.block(index, position, plan)
+        if self.int8:
+            parameters = [*parameters[:-1], True]
         moments = None if plan.per_position else self.moments_of_tokens()
         if self.owned and traced is None:
             # No backward can have saved tokens that this pass alone holds. Below the ADInplaceOrView key the write is
@@ -232,7 +236,10 @@ def _whole(
     logits_dtype: torch.dtype,
 ) -> Any:
     """What the forward returns, computed by the backend in one call; None where it has to be computed by the parts."""
-    if backend.prepare is None or isinstance(program, TracedProgram) or x.shape[0] == 0 or watched(x):
+    # An int8 block quantises its weights in each call. Part by part, all images of a batch share that.
+    if backend.prepare is None or dtype == torch.int8 or isinstance(program, TracedProgram):
+        return None
+    if x.shape[0] == 0 or watched(x):
         return None
     prepared = program.network.prepared(backend.prepare)
     if prepared is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class Row:
         name: the module's name in the model that was passed to ``patch``.
         kind: "stem", "stage", "downsample", "norm", "head", or "outside" for what is not part of a backbone.
         backend: name and detail (instruction set) of the backend, None when nothing of it is fused.
-        dtype: dtype of the tokens.
+        dtype: dtype of the tokens, or int8.
         fused, total: number of blocks, or 0/1 of 1 for the other kinds. A block counts whose second half is fused.
         reason: why part of it is not fused, None when all is.
     """
@@ -157,7 +158,7 @@ def _rows(prefix: str, backbone: Backbone) -> list[Row]:
         backend = state.backend_for(lead.device, dtype)
     except BackendError as error:
         return [Row(prefix, "stage", None, dtype_name, 0, 0, str(error))]
-    served = f"{backend.name} ({backend.detail()})"
+    served = backend.served(dtype)
 
     def row(part: EmbedPlan | NormPlan | HeadPlan, kind: str) -> Row:
         ok = part.reason is None
@@ -220,7 +221,10 @@ def patch(
         backend: "auto" for the native kernels of the model's device, or a backend's name: "cpu", "triton", "cuda" (CUDA
             C++, where "auto" prefers Triton), or "reference" (plain PyTorch).
         compute_dtype: dtype of the tokens inside, such as ``torch.bfloat16`` for a float32 model; inputs and results
-            stay in the parameters' dtype. Default: the parameters' dtype.
+            stay in the parameters' dtype. Default: the parameters' dtype. ``torch.int8``, on the CPU: tokens in
+            bfloat16, and the products of the blocks in int8, quantised from the float parameters in each call
+            (``quantise``). Its errors have limits of their own (``numerics``), and a weight that is not finite raises
+            a RuntimeError at the call.
         strict: raise unless every part of the backbone is fused. The neck and head around an mmpretrain backbone are
             not parts of it; the ``head.fc`` of a module that is backbone and classifier in one is. False: patch what
             can be, the report gives the reasons for the rest.
@@ -313,6 +317,13 @@ def _prepare(name: str, backbone: Backbone, backend: str, compute_dtype: torch.d
     chosen = backends.choose(backend, lead.device, compute_dtype or lead.dtype)
     if chosen.why_not(lead.device, lead.dtype):
         raise BackendError(f"{label}: backend {chosen.name!r} does not read {lead.dtype} parameters: convert the model")
+    if compute_dtype is not None and chosen.slow is not None and (reason := chosen.slow(compute_dtype)):
+        warnings.warn(
+            f"{label}: products in {dtypes.name_of(compute_dtype)} are slow on this machine ({reason}); "
+            "compute_dtype=torch.bfloat16 or the parameters' dtype may be faster",
+            UserWarning,
+            stacklevel=3,  # the caller of patch
+        )
     return PatchState(backend, chosen.name, compute_dtype, name)
 
 

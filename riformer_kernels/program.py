@@ -100,8 +100,9 @@ class Program:
 
     def tensor_cells(self, index: int, position: int) -> list[Cell]:
         """The cells of one block's tensors, those of ``BlockParameters`` without its settings."""
+        settings = ("eps1", "eps2", "per_position", "residual", "int8")
         fields = zip(BlockParameters._fields, self._blocks[index, position], strict=True)
-        return [cell for name, cell in fields if name not in ("eps1", "eps2", "per_position", "residual")]
+        return [cell for name, cell in fields if name not in settings]
 
     def requires_grad(self) -> bool:
         """Whether any parameter wants gradients."""

@@ -25,7 +25,7 @@ from torch import nn
 from . import numerics
 from .backends import Backend
 from .block_kind import mixed, mlp_branch
-from .dtypes import name_of
+from .dtypes import name_of, token_dtype
 from .errors import VerificationError
 from .forward import run
 from .modules import STATE, Backbone, original_class
@@ -162,23 +162,25 @@ def _random_parts(program: Program) -> str | None:
 def _seeded(shape: tuple[int, ...], seed: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Normal values, drawn in float32 on the CPU and rounded to the tested dtype."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(device=like.device, dtype=dtype)
+    return torch.randn(shape, generator=generator).to(device=like.device, dtype=token_dtype(dtype))
 
 
-def _judge(names: list[str], sample: Callable[[int], list[Triple]], dtype: torch.dtype) -> Iterator[Comparison]:
+def _judge(
+    names: list[str], sample: Callable[[int], list[Triple]], limits: list[numerics.ErrorFigures]
+) -> Iterator[Comparison]:
     """Compare (ours, eager, golden) of batch 0; where a limit is exceeded, of more batches, see above."""
     batches = [sample(0)]
-    results = [numerics.compare(*values, dtype=dtype) for values in batches[0]]
+    results = [numerics.compare(*values, limits=kind) for values, kind in zip(batches[0], limits, strict=True)]
     if not all(result.passed for result in results):
         batches += [sample(seed) for seed in range(1, 1 + MORE_BATCHES)]
     for index, (name, result) in enumerate(zip(names, results, strict=True)):
         if result.passed:
             yield Comparison(name, 1, 0, result)
             continue
-        singly = [numerics.compare(*batch[index], dtype=dtype) for batch in batches]
+        singly = [numerics.compare(*batch[index], limits=limits[index]) for batch in batches]
         ours, eager, golden = (torch.cat(tensors) for tensors in zip(*(batch[index] for batch in batches), strict=True))
         exceeding = sum(not single.passed for single in singly)
-        yield Comparison(name, len(batches), exceeding, numerics.compare(ours, eager, golden, dtype=dtype))
+        yield Comparison(name, len(batches), exceeding, numerics.compare(ours, eager, golden, limits=limits[index]))
 
 
 def _network(
@@ -186,7 +188,7 @@ def _network(
 ) -> tuple[Comparison, ...]:
     lead, plan = program.lead(), program.plan
     # Ours shares the parameters and has copies of the buffers.
-    kinds = (lead.dtype, dtype, torch.float64)
+    kinds = (lead.dtype, token_dtype(dtype), torch.float64)
     twins = [cast("Backbone", in_dtype(backbone, kind)) for kind in kinds]
     ours_twin, eager_twin, golden_twin = twins
     twin_program = Program(ours_twin, plan)
@@ -211,7 +213,8 @@ def _network(
         eager_features, golden_features = _features(eager_twin, x, outputs), _features(golden_twin, x.double(), outputs)
         return [*zip(features, eager_features, golden_features, strict=True), *triples]
 
-    return tuple(_judge(names, sample, dtype))
+    limits = [numerics.limits_for(dtype, "logits" if name == "head" else "features") for name in names]
+    return tuple(_judge(names, sample, limits))
 
 
 def _wide_classifier(backbone: Backbone, plan: BackbonePlan, seed: int) -> dict[str, torch.Tensor]:
@@ -276,8 +279,9 @@ def _branch_of(
     assert kind is not None
     ones = torch.ones_like(parameters.norm2_weight)
     scale = ones if kind.fuses_first_half else None
-    parameters = parameters._replace(layer_scale_1=scale, layer_scale_2=None, residual=False)
-    eager_twin, golden_twin = in_dtype(block, dtype), in_dtype(block, torch.float64)
+    int8 = dtype == torch.int8
+    parameters = parameters._replace(layer_scale_1=scale, layer_scale_2=None, residual=False, int8=int8)
+    eager_twin, golden_twin = in_dtype(block, token_dtype(dtype)), in_dtype(block, torch.float64)
 
     def sample(seed: int) -> list[Triple]:
         x = _seeded((BATCH, plan.channels, *BRANCH_POSITIONS), seed, ones, dtype)
@@ -289,4 +293,4 @@ def _branch_of(
         golden = mlp_branch(kind, golden_twin, x.double() + mixed(kind, golden_twin, x.double()))
         return [(ours, eager, golden)]
 
-    yield from _judge([plan.name], sample, dtype)
+    yield from _judge([plan.name], sample, [numerics.limits_for(dtype, "branch")])

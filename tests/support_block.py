@@ -33,6 +33,7 @@ class Block:
     values: str = "normal"
     absent: tuple[str, ...] = ()
     seed: int = 0
+    int8: bool = False
 
     @property
     def width(self) -> int:
@@ -78,6 +79,7 @@ def block_parameters(case: Block, seed: int) -> dict[str, Any]:
         "layer_scale_2": draw(c, std=0.3, mean=0.5),
         "per_position": case.norm == "ln",
         "residual": case.residual,
+        "int8": case.int8,
     }
     return found | dict.fromkeys(case.absent)
 

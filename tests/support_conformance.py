@@ -167,7 +167,7 @@ def served(target: Target, case: Any) -> bool:
         case = case.tokens
     elif isinstance(case, Moments):
         return case.channels % target.width == 0
-    elif case.work > target.most_work:
+    elif case.work > target.most_work or (isinstance(case, Block) and case.int8 and not target.int8):
         return False
     return case.dtype in target.dtypes and case.channels % target.width == 0
 

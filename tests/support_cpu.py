@@ -71,6 +71,7 @@ CPU = Target(
     settings=_SETTINGS,
     few=_SETTINGS,
     one=_SETTINGS,
+    int8=True,
     most_work=60_000_000,
     grid={"block": (*BLOCKS, *ONE_ABSENT)},
 )

@@ -50,6 +50,7 @@ class Target:
         one: the settings for a case whose kernels are the same everywhere.
         dtypes: of the tokens, for ops that compute products.
         width: the number of channels must be a multiple of it.
+        int8: whether it serves blocks whose products are int8.
         most_work: multiply-adds of the largest case; more takes too long here.
         grid: the cases that this target has besides the common ones, by op.
         device: where its tensors are.
@@ -66,6 +67,7 @@ class Target:
     one: tuple[Setting, ...] = (Setting(),)
     dtypes: tuple[torch.dtype, ...] = DTYPES
     width: int = 1
+    int8: bool = False
     most_work: int = 1 << 40
     grid: Mapping[str, tuple] = field(default_factory=dict)
     device: str = "cpu"

@@ -28,10 +28,10 @@ using OptionalTensor = std::optional<Tensor>;
       const OptionalTensor &affine_weight, const OptionalTensor &affine_bias, double eps1, const Tensor &norm2_weight, \
       const Tensor &norm2_bias, double eps2, const Tensor &fc1_weight, const OptionalTensor &fc1_bias,                 \
       const Tensor &fc2_weight, const OptionalTensor &fc2_bias, const OptionalTensor &layer_scale_2,                   \
-      bool per_position, bool residual
+      bool per_position, bool residual, bool int8
 #define RIFORMER_BLOCK_ARGUMENTS                                                                             \
   layer_scale_1, norm1_weight, norm1_bias, affine_weight, affine_bias, eps1, norm2_weight, norm2_bias, eps2, \
-      fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale_2, per_position, residual
+      fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale_2, per_position, residual, int8
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -61,6 +61,9 @@ inline ScalarType scalar_type_of(DType dtype) {
 
 // Whether this library's kernels take elements of `dtype`. Each bindings.cpp defines it.
 bool serves(DType dtype);
+
+// Whether its blocks have int8 products. Each bindings.cpp defines it.
+bool serves_int8();
 
 inline DType dtype_of(ScalarType type, const char* name) {
   int count = 0;
@@ -194,6 +197,8 @@ void describe_block_parameters(Args& args, Parameters& parameters, RIFORMER_BLOC
   if (affine_weight.has_value() && !norm1_weight.has_value())
     fail("riformer::block: affine_weight needs norm1_weight, into which it is folded");
   if (affine_bias.has_value() && !affine_weight.has_value()) fail("riformer::block: affine_bias needs affine_weight");
+  if (int8 && !serves_int8())
+    fail("riformer::block: int8 is true, and these kernels have no int8 products, only the CPU's have; leave it false");
   args.layer_scale_1 = parameters.vector(layer_scale_1, channels, "layer_scale_1");
   args.norm1_weight = parameters.vector(norm1_weight, channels, "norm1_weight");
   args.norm1_bias = parameters.vector(norm1_bias, channels, "norm1_bias");

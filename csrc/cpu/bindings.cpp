@@ -7,6 +7,7 @@
 #include "host.h"
 
 bool riformer::serves(DType) { return true; }
+bool riformer::serves_int8() { return true; }
 
 namespace {
 
@@ -14,7 +15,7 @@ using namespace riformer;
 using riformer::cpu::chosen_kernels;
 using riformer::cpu::Parameters;
 using riformer::cpu::pool;
-using riformer::cpu::report_memory;
+using riformer::cpu::report;
 
 Tensor like(const Tensor& x, ScalarType dtype) { return empty_tokens(x, dtype, MemoryFormat::Contiguous); }
 
@@ -43,7 +44,7 @@ Tensor moments(const Tensor& x) {
   if (args.batch * args.channels > 0) {
     if (args.positions == 0)
       fail("riformer::moments: x has shape ", shape_of(x), ": moments of no positions do not exist");
-    report_memory(chosen_kernels().moments(args));
+    report(chosen_kernels().moments(args));
   }
   return out;
 }
@@ -64,14 +65,22 @@ std::tuple<Tensor, Tensor> embed(const Tensor& x, const Tensor& weight, const Op
   args.out = out.mutable_data_ptr();
   args.moments_out = moments ? static_cast<float*>(out_moments.mutable_data_ptr()) : nullptr;
   args.pool = pool();
-  report_memory(chosen_kernels().embed(args));
+  report(chosen_kernels().embed(args));
   return {out, out_moments};
+}
+
+void choose_products(riformer::cpu::BlockArgs& args, bool int8) {
+  args.int8 = int8;
+  if (int8 && args.channels > riformer::cpu::kLongestInt8Sum)
+    fail("riformer::block: int8 is true with ", args.channels, " channels, expected at most ",
+         riformer::cpu::kLongestInt8Sum, ": longer sums of bytes exceed 32 bits; leave it false");
 }
 
 std::tuple<Tensor, Tensor> block(const Tensor& x, const OptionalTensor& moments, RIFORMER_BLOCK_PARAMETERS) {
   Parameters parameters;
   riformer::cpu::BlockArgs args{};
   describe_block(args, parameters, x, RIFORMER_BLOCK_ARGUMENTS);
+  choose_products(args, int8);
   args.pool = pool();
   Tensor held;
   args.moments = moments_data(moments, x, per_position, held);
@@ -82,7 +91,7 @@ std::tuple<Tensor, Tensor> block(const Tensor& x, const OptionalTensor& moments,
     args.x = tokens.const_data_ptr();
     args.out = out.mutable_data_ptr();
     args.moments_out = per_position ? nullptr : static_cast<float*>(out_moments.mutable_data_ptr());
-    report_memory(chosen_kernels().block(args));
+    report(chosen_kernels().block(args));
   }
   return {in_layout_of(x, out), out_moments};
 }
@@ -92,6 +101,7 @@ void block_(Tensor x, OptionalTensor moments, RIFORMER_BLOCK_PARAMETERS) {
   Parameters parameters;
   riformer::cpu::BlockArgs args{};
   describe_block(args, parameters, x, RIFORMER_BLOCK_ARGUMENTS);
+  choose_products(args, int8);
   args.pool = pool();
   Tensor held;
   args.moments = moments_data(moments, x, per_position, held);
@@ -101,7 +111,7 @@ void block_(Tensor x, OptionalTensor moments, RIFORMER_BLOCK_PARAMETERS) {
   args.x = tokens.const_data_ptr();
   args.out = tokens.mutable_data_ptr();
   args.moments_out = per_position ? nullptr : static_cast<float*>(held.mutable_data_ptr());
-  report_memory(chosen_kernels().block(args));
+  report(chosen_kernels().block(args));
   if (!direct) torch::stable::copy_(x, tokens);
   if (!per_position && !moments->is_contiguous()) torch::stable::copy_(*moments, held);
 }
@@ -123,7 +133,7 @@ Tensor norm(const Tensor& x, const OptionalTensor& moments, const Tensor& weight
     const Tensor tokens = torch::stable::contiguous(x);
     args.x = tokens.const_data_ptr();
     args.out = out.mutable_data_ptr();
-    report_memory(chosen_kernels().norm(args));
+    report(chosen_kernels().norm(args));
   }
   return in_layout_of(x, out);
 }
@@ -147,7 +157,7 @@ Tensor head(const Tensor& x, const OptionalTensor& moments, const Tensor& norm_w
   Tensor tokens = per_position ? torch::stable::contiguous(x) : x;
   args.x = tokens.const_data_ptr();
   args.out = out.mutable_data_ptr();
-  report_memory(chosen_kernels().head(args));
+  report(chosen_kernels().head(args));
   return out;
 }
 

@@ -131,28 +131,36 @@ struct BlockKernel {
       }
   }
 
-  // z of one span with LayerNorm. y is kept in float32 for the residual, as its statistics are known only after it.
+  // y of n positions of a span, from position j on, with LayerNorm: to rows kTokens apart, and its statistics. It is
+  // kept in float32, as its statistics are known only after it.
+  void position_rows(const Span& span, int j, int n, float* y, Vec* mean, Vec* rstd) const {
+    const int64_t channels = args.channels;
+    const float *weight1 = maps, *bias1 = maps + channels;
+    if (args.norm1_weight.data) {
+      position_statistics(
+          channels, args.eps1, [&](int64_t c) { return Vec::load_n(x_row(span, c) + j, n); }, mean, rstd);
+      for (int64_t c = 0; c < channels; ++c) {
+        const Vec x = Vec::load_n(x_row(span, c) + j, n);
+        const Vec normed = fma((x - *mean) * *rstd, Vec::broadcast(weight1[c]), Vec::broadcast(bias1[c]));
+        (x + normed).store_n(y + c * kTokens + j, n);
+      }
+    } else {
+      for (int64_t c = 0; c < channels; ++c) Vec::load_n(x_row(span, c) + j, n).store_n(y + c * kTokens + j, n);
+    }
+    position_statistics(
+        channels, args.eps2, [&](int64_t c) { return Vec::load_n(y + c * kTokens + j, n); }, mean, rstd);
+  }
+
+  // z of one span with LayerNorm. y is kept for the residual.
   void normalise_positions(const Span& span, const Memory& m) const {
     const int64_t channels = args.channels;
-    const float *weight1 = maps, *bias1 = maps + channels, *weight2 = bias1 + channels, *bias2 = weight2 + channels;
+    const float *weight2 = maps + 2 * channels, *bias2 = weight2 + channels;
     Element* panel = m.z + span.panel * depth1 * kTokens;
     float* y = m.y + span.panel * channels * kTokens + span.token;
     for (int j = 0; j < span.length; j += Vec::kLanes) {
       const int n = span.length - j;
       Vec mean, rstd;
-      if (args.norm1_weight.data) {
-        position_statistics(
-            channels, args.eps1, [&](int64_t c) { return Vec::load_n(x_row(span, c) + j, n); }, &mean, &rstd);
-        for (int64_t c = 0; c < channels; ++c) {
-          const Vec x = Vec::load_n(x_row(span, c) + j, n);
-          const Vec normed = fma((x - mean) * rstd, Vec::broadcast(weight1[c]), Vec::broadcast(bias1[c]));
-          (x + normed).store_n(y + c * kTokens + j, n);
-        }
-      } else {
-        for (int64_t c = 0; c < channels; ++c) Vec::load_n(x_row(span, c) + j, n).store_n(y + c * kTokens + j, n);
-      }
-      position_statistics(
-          channels, args.eps2, [&](int64_t c) { return Vec::load_n(y + c * kTokens + j, n); }, &mean, &rstd);
+      position_rows(span, j, n, y, &mean, &rstd);
       for (int64_t c = 0; c < channels; c += 2) {
         const Vec a = (Vec::load_n(y + c * kTokens + j, n) - mean) * rstd;
         const Vec b = (Vec::load_n(y + (c + 1) * kTokens + j, n) - mean) * rstd;
@@ -381,6 +389,7 @@ struct BlockKernel {
 
 }  // namespace riformer::RIFORMER_ISA
 
+#include "block_int8.h"
 #include "block_split.h"
 
 namespace riformer::RIFORMER_ISA {
@@ -388,6 +397,7 @@ namespace riformer::RIFORMER_ISA {
 inline int64_t block(const cpu::BlockArgs& args) {
   return with_dtype(args.dtype, [&](auto element) {
     using T = decltype(element);
+    if (args.int8) return BlockInt8<T>(args).run();
     return BlockKernel<T, typename GemmFor<T>::Type>(args).run();
   });
 }

@@ -93,7 +93,11 @@ unsigned detect() {
   if (zmm && (b & (1u << 31))) found |= feature::avx512vl;
   if (tiles && (d & (1u << 24))) found |= feature::amx_tile;
   if (tiles && (d & (1u << 22))) found |= feature::amx_bf16;
-  if (leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && zmm && (a & (1u << 5))) found |= feature::avx512_bf16;
+  if (zmm && (c & (1u << 11))) found |= feature::avx512_vnni;
+  if (leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+    if (ymm && (a & (1u << 4))) found |= feature::avx_vnni;
+    if (zmm && (a & (1u << 5))) found |= feature::avx512_bf16;
+  }
   if ((found & feature::amx_tile) && request_tiles()) found |= feature::amx_permission;
   return found;
 }
@@ -186,7 +190,7 @@ std::string select(const char* name) {
 std::string describe() {
   const State& now = state();
   const InstructionSet* chosen = now.chosen.load();
-  std::string supported, features;
+  std::string supported, features, used;
   for (const InstructionSet& set : kInstructionSets)
     if (!(set.needs & ~now.features)) supported += (supported.empty() ? "" : ", ") + quoted(set.name);
   std::string compiled;
@@ -194,8 +198,10 @@ std::string describe() {
   for (const Feature& feature : kFeatures)
     features +=
         (features.empty() ? "" : ", ") + quoted(feature.name) + ": " + (now.features & feature.bit ? "true" : "false");
-  return "{\"chosen\": " + (chosen ? quoted(chosen->name) : "null") + ", \"supported\": [" + supported +
-         "], \"compiled\": [" + compiled + "], \"features\": {" + features +
+  for (const Feature& feature : kFeatures)
+    if (chosen && (chosen->needs & feature.bit)) used += (used.empty() ? "" : ", ") + quoted(feature.name);
+  return "{\"chosen\": " + (chosen ? quoted(chosen->name) : "null") + ", \"used\": [" + used + "], \"supported\": [" +
+         supported + "], \"compiled\": [" + compiled + "], \"features\": {" + features +
          "}, \"error\": " + (now.error.empty() ? "null" : quoted(now.error)) + "}";
 }
 

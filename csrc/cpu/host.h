@@ -23,8 +23,13 @@ inline Pool pool() {
   return {run, static_cast<int64_t>(torch::stable::get_num_threads())};
 }
 
-inline void report_memory(int64_t missing) {
-  if (missing) fail("riformer: out of memory: ", missing, " bytes of working memory could not be had");
+// Throws what the outcome of a kernel stands for (Kernels in kernels.h); nothing for 0.
+inline void report(int64_t outcome) {
+  if (outcome < 0)
+    fail("riformer::block: ", (-outcome - 1) % 2 ? "fc2" : "fc1", "_weight has a value in row ", (-outcome - 1) / 2,
+         " that is not finite, and no scale makes int8 of that; products in float let it through "
+         "(compute_dtype=torch.bfloat16)");
+  if (outcome) fail("riformer: out of memory: ", outcome, " bytes of working memory could not be had");
 }
 
 // Hands parameters to the kernels and keeps them alive, contiguous copies too, while the kernels read them.

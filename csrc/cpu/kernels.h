@@ -35,7 +35,7 @@ struct BlockArgs {
   Parameter norm2_weight, norm2_bias;
   double eps2;
   Parameter fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale_2;
-  bool per_position, residual;
+  bool per_position, residual, int8;
   Pool pool;
 };
 
@@ -88,7 +88,14 @@ struct MomentsArgs {
   Pool pool;
 };
 
-// The kernels of one instruction set. Each returns the bytes of memory that it could not get, 0 on success.
+// A longer sum of products of bytes, each at most 255 * 127, could exceed int32.
+constexpr int64_t kLongestInt8Sum = 2147483647 / (255 * 127);
+
+// What a block returns that found a value in a row of a weight that is not finite: `which` is 0 for fc1, 1 for fc2.
+constexpr int64_t not_finite(int which, int64_t row) { return -(2 * row + which) - 1; }
+
+// The kernels of one instruction set. Each returns 0 on success, the bytes of memory that it could not get, or
+// not_finite(...).
 struct Kernels {
 #define RIFORMER_KERNEL_POINTER(op, Args) int64_t (*op)(const Args&);
   RIFORMER_FOR_EACH_KERNEL(RIFORMER_KERNEL_POINTER)

@@ -15,6 +15,7 @@ namespace riformer::amx {}
 #define RIFORMER_TASK_BYTES (512 * 1024)
 
 #include "vec_avx512.h"
+#include "ints_avx512.h"
 #include "gemm_amx.h"
 
 namespace riformer::RIFORMER_ISA {

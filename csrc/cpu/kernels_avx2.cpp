@@ -5,6 +5,7 @@
 #define RIFORMER_TASK_BYTES (512 * 1024)
 
 #include "vec_avx2.h"
+#include "ints_avx2.h"
 #include "gemm.h"
 
 namespace riformer::avx2 {

@@ -5,6 +5,7 @@
 #define RIFORMER_TASK_BYTES (512 * 1024)
 
 #include "vec_avx512.h"
+#include "ints_avx512.h"
 #include "gemm.h"
 
 namespace riformer::avx512 {

@@ -6,6 +6,7 @@
 #define RIFORMER_TASK_BYTES (512 * 1024)
 
 #include "vec_avx512.h"
+#include "ints_avx512.h"
 #include "gemm_avx512_bf16.h"
 
 namespace riformer::avx512_bf16 {

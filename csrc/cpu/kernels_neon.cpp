@@ -5,6 +5,7 @@
 #define RIFORMER_TASK_BYTES (512 * 1024)
 
 #include "vec_neon.h"
+#include "ints_neon.h"
 #include "gemm_neon.h"
 
 namespace riformer::neon {

@@ -6,6 +6,7 @@
 #define RIFORMER_TASK_BYTES (512 * 1024)
 
 #include "vec_neon.h"
+#include "ints_neon.h"
 #include "gemm_neon.h"
 #include "gemm_neon_bf16.h"
 

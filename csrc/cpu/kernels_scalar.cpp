@@ -5,6 +5,7 @@
 #define RIFORMER_TASK_BYTES (128 * 1024)
 
 #include "vec_scalar.h"
+#include "ints_scalar.h"
 #include "gemm.h"
 
 namespace riformer::scalar {

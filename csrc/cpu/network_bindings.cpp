@@ -152,7 +152,7 @@ struct Builder {
     describe_tokens_of_segment(args);
     args.dtype = tokens;
     describe_block_parameters(args, parameters, t[0], t[1], t[2], t[3], t[4], part.reals[0], needed(t[5]), needed(t[6]),
-                              part.reals[1], needed(t[7]), t[8], needed(t[9]), t[10], t[11], per_position, true);
+                              part.reals[1], needed(t[7]), t[8], needed(t[9]), t[10], t[11], per_position, true, false);
     segment().moments |= !per_position;
     segment().blocks.push_back(args);
   }
@@ -197,7 +197,7 @@ std::vector<Tensor> network(int64_t number, const Tensor& x, ScalarType tokens, 
   const std::shared_ptr<const Parts> parts = parts_of(number);
   Builder builder(x, tokens, features, scores);
   for (const Part& part : *parts) builder.add(part);
-  report_memory(run_network(chosen_kernels(), builder.network, pool()));
+  report(run_network(chosen_kernels(), builder.network, pool()));
   return builder.results;
 }
 

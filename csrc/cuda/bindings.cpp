@@ -10,6 +10,7 @@
 #include "host.h"
 
 bool riformer::serves(DType dtype) { return cuda::kernels_serve(dtype); }
+bool riformer::serves_int8() { return false; }
 
 namespace {
 

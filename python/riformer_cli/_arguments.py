@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 # Those of riformer_kernels.dtypes, written out because that module imports torch. A test compares them.
 DTYPES = ("float32", "bfloat16", "float16")
+# What a model can be computed in: a dtype, or int8 products of a bfloat16 model.
+COMPUTE = (*DTYPES, "int8")
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 EXIT_CODES = """\
@@ -37,10 +39,10 @@ class Formatter(argparse.HelpFormatter):
 
 
 def dtype(text: str) -> str:
-    """argparse type: the name of a dtype; "bf16" and the like are understood."""
+    """argparse type: an entry of COMPUTE; "bf16" and the like are understood."""
     name = _SHORT.get(text.strip().lower(), text.strip().lower().removeprefix("torch."))
-    if name not in DTYPES:
-        raise argparse.ArgumentTypeError(f"unknown dtype {text!r}; expected one of {', '.join(DTYPES)}")
+    if name not in COMPUTE:
+        raise argparse.ArgumentTypeError(f"unknown dtype {text!r}; expected one of {', '.join(COMPUTE)}")
     return name
 
 

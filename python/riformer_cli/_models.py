@@ -135,9 +135,17 @@ def random_model(arch: str, seed: int, **options: Any) -> RIFormer:
 
 
 def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a model that is computed in ``name``."""
     import torch
 
-    return getattr(torch, name)
+    return torch.bfloat16 if name == "int8" else getattr(torch, name)
+
+
+def compute_dtype(name: str) -> torch.dtype | None:
+    """What ``patch`` is given for ``compute_dtype``."""
+    import torch
+
+    return torch.int8 if name == "int8" else None
 
 
 def machine() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ._arguments import EXIT_CODES, add_backend, add_format, dtype, integer, number, several
-from ._models import machine, random_model, served_by, torch_dtype
+from ._models import compute_dtype, machine, random_model, served_by, torch_dtype
 from ._output import document, note, progress, table
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=several(dtype),
         default=["float32", "bfloat16"],
         metavar="LIST",
-        help="dtypes, separated by commas (default: float32,bfloat16)",
+        help="dtypes, separated by commas, or int8, whose peers are bfloat16 (default: float32,bfloat16)",
     )
     parser.add_argument("--image-size", type=integer(3), default=224, metavar="N", help="side in pixels (default: 224)")
     parser.add_argument(
@@ -119,7 +119,7 @@ def _variants(
     patched = copy.deepcopy(plain)
     advance(0, f"{name}: verifying")
     # Raises VerificationError, exit 1, before anything is timed.
-    handle = riformer_kernels.patch(patched, backend=arguments.backend)
+    handle = riformer_kernels.patch(patched, compute_dtype=compute_dtype(name), backend=arguments.backend)
     found = [
         _Variant("eager NCHW", plain, False, "PyTorch"),
         _Variant("eager channels_last", last, True, "PyTorch"),

@@ -13,8 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _images
-from ._arguments import DTYPES, EXIT_CODES, add_backend, add_format, add_norm, dtype, integer, number
-from ._models import Source, arch_name, check_arch, is_published, published_names, read, served_by, torch_dtype
+from ._arguments import COMPUTE, EXIT_CODES, add_backend, add_format, add_norm, dtype, integer, number
+from ._models import (
+    Source,
+    arch_name,
+    check_arch,
+    compute_dtype,
+    is_published,
+    published_names,
+    read,
+    served_by,
+    torch_dtype,
+)
 from ._output import CliError, document, note, printable, progress, table
 
 if TYPE_CHECKING:
@@ -74,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=integer(1), default=16, metavar="N", help="images at a time (default: 16)")
     parser.add_argument(
-        "--dtype", type=dtype, default="float32", metavar="NAME", help=f"{', '.join(DTYPES)} (default: float32)"
+        "--dtype", type=dtype, default="float32", metavar="NAME", help=f"{', '.join(COMPUTE)} (default: float32)"
     )
     add_backend(parser)
     parser.add_argument("--no-patch", action="store_true", help="plain PyTorch instead of the fused kernels")
@@ -200,7 +210,7 @@ def _model(source: Source, arguments: argparse.Namespace) -> tuple[nn.Module, st
     if arguments.no_patch:
         return model, "plain PyTorch (--no-patch)"
     try:
-        handle = riformer_kernels.patch(model, backend=arguments.backend)
+        handle = riformer_kernels.patch(model, compute_dtype=compute_dtype(arguments.dtype), backend=arguments.backend)
     except riformer_kernels.RIFormerKernelsError as error:
         code = 1 if isinstance(error, riformer_kernels.VerificationError) else 2
         raise CliError(f"{error}\n--no-patch classifies in plain PyTorch", code) from error

@@ -7,7 +7,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from ._arguments import DTYPES, EXIT_CODES, add_backend, add_format, add_norm, dtype, integer, several
-from ._models import arch_name, machine, random_model, read, served_by, torch_dtype
+from ._models import arch_name, compute_dtype, machine, random_model, read, served_by, torch_dtype
 from ._output import document, progress, table
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=several(dtype),
         default=list(DTYPES),
         metavar="LIST",
-        help=f"dtypes, separated by commas (default: {','.join(DTYPES)})",
+        help=f"dtypes, separated by commas, or int8 (default: {','.join(DTYPES)})",
     )
     parser.add_argument("--image-size", type=integer(3), default=224, metavar="N", help="side in pixels (default: 224)")
     parser.add_argument("--batch", type=integer(1), default=2, metavar="N", help="images (default: 2)")
@@ -109,10 +109,10 @@ def _verify(model: RIFormer, name: str, arguments: argparse.Namespace) -> dict[s
     if eager.num_classes:
         _widen(eager, arguments.seed)
     ours, golden = copy.deepcopy(eager), copy.deepcopy(eager).double()
-    handle = riformer_kernels.patch(ours, backend=arguments.backend, verify=False)
+    handle = riformer_kernels.patch(ours, compute_dtype=compute_dtype(name), backend=arguments.backend, verify=False)
     headless = _headless(eager)
-    riformer_kernels.patch(headless, backend=arguments.backend, verify=False)
-    rows = _whole((headless, ours), eager, golden, arguments)
+    riformer_kernels.patch(headless, compute_dtype=compute_dtype(name), backend=arguments.backend, verify=False)
+    rows = _whole((headless, ours), eager, golden, name, arguments)
     # What patch() itself would have checked; its whole-network rows are shown only if they fail.
     own = verification.verify(ours)
     size = "x".join(str(side) for side in own.shape[2:])
@@ -148,7 +148,7 @@ def _widen(model: RIFormer, seed: int) -> None:
 
 
 def _whole(
-    patched: tuple[RIFormer, RIFormer], eager: RIFormer, golden: RIFormer, arguments: argparse.Namespace
+    patched: tuple[RIFormer, RIFormer], eager: RIFormer, golden: RIFormer, name: str, arguments: argparse.Namespace
 ) -> list[tuple[str, int, ErrorRatios]]:
     """Features and logits at the asked size; ``patched``: without and with classifier.
 
@@ -170,11 +170,13 @@ def _whole(
 
     def judge(index: int) -> ErrorRatios:
         ours, eager, golden = (torch.cat(values) for values in zip(*(batch[index] for batch in batches), strict=True))
-        return numerics.compare(ours, eager, golden)
+        return numerics.compare(ours, eager, golden, limits=limits[index])
 
     with torch.inference_mode():
         sample()
+        kinds = ["features"] * len(eager.out_indices) + ["logits"] * bool(eager.num_classes)
         labels = [f"features norm{index}" for index in eager.out_indices] + (["logits"] if eager.num_classes else [])
+        limits = [numerics.limits_for(getattr(torch, name), label) for label in kinds]
         results = [(label, 1, judge(index)) for index, label in enumerate(labels)]
         if not all(ratios.passed for _, _, ratios in results):
             for _ in range(MORE_BATCHES):

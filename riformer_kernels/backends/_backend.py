@@ -29,6 +29,8 @@ class Backend:
         compiles: whether kernels are compiled when they are first used, so that ``patch`` had better use them.
         prepare: takes a whole network in one call, see ``network.py``; None where ops alone are offered.
         multiple: the numbers of channels, hidden ones too, must be multiples of it; 1: any number.
+        int8: whether its blocks have int8 products, so that torch.int8 may be asked for in place of a dtype.
+        slow: why products of a dtype are slow on this machine, or None; without it none are.
     """
 
     name: str
@@ -42,16 +44,23 @@ class Backend:
     compiles: bool = False
     prepare: Callable[..., Prepared] | None = None
     multiple: int = 8
+    int8: bool = False
+    slow: Callable[[torch.dtype], str | None] | None = None
 
     def __post_init__(self) -> None:
         if self.ops.keys() != OPS.keys():
             raise TypeError(f"backend {self.name!r} has the ops {sorted(self.ops)}, expected {sorted(OPS)}")
 
+    def served(self, dtype: torch.dtype) -> str:
+        """Name and detail for reports, with the reason why products of ``dtype`` are slow, if they are."""
+        reason = self.slow(dtype) if self.slow is not None else None
+        return f"{self.name} ({self.detail()}{f'; slow in {name_of(dtype)}: {reason}' if reason else ''})"
+
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """None when tokens of ``dtype`` on ``device`` are served, otherwise the reason."""
         if self.devices and device.type not in self.devices:
             return f"it serves {', '.join(self.devices)} tensors"
-        if dtype not in self.dtypes:
+        if dtype not in self.dtypes and not (dtype == torch.int8 and self.int8):
             return f"it serves {', '.join(map(name_of, self.dtypes))}"
         reason = self.unusable()
         return self.refuses(device) if reason is None and self.refuses is not None else reason

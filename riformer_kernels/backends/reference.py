@@ -9,6 +9,7 @@ from ..dtypes import DTYPES
 from ._backend import Backend
 
 BACKEND = Backend(
+    int8=True,
     name="reference",
     multiple=1,
     automatic=False,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 import torch.nn.functional as F
 
-from .. import algebra
+from .. import algebra, quantise
 from ._library import Op, memory_format_of, needed, working_dtype
 
 
@@ -29,6 +29,8 @@ class BlockParameters(NamedTuple):
         layer_scale_2: [C] or None for 1.
         per_position: LayerNorm over the channels of each position instead of GroupNorm with one group.
         residual: False returns the branch ls2 * MLP(norm2(y)) alone, in place of y + branch.
+        int8: the two products of the MLP in int8 instead of the tokens' arithmetic, see ``quantise``. Its gradient is
+            that of the block without the rounding.
     """
 
     layer_scale_1: torch.Tensor | None
@@ -47,10 +49,14 @@ class BlockParameters(NamedTuple):
     layer_scale_2: torch.Tensor | None
     per_position: bool
     residual: bool
+    int8: bool = False
 
 
 _SCHEMA_TYPES = {torch.Tensor: "Tensor", torch.Tensor | None: "Tensor?", float: "float", bool: "bool"}
-_PARAMETERS = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(BlockParameters).items())
+_DEFAULTS = {name: f"={value}" for name, value in BlockParameters._field_defaults.items()}
+_PARAMETERS = ", ".join(
+    f"{_SCHEMA_TYPES[kind]} {name}{_DEFAULTS.get(name, '')}" for name, kind in get_type_hints(BlockParameters).items()
+)
 SCHEMA = f"(Tensor x, Tensor? moments, {_PARAMETERS}) -> (Tensor, Tensor)"
 IN_PLACE_SCHEMA = f"(Tensor(a!) x, Tensor(b!)? moments, {_PARAMETERS}) -> ()"
 
@@ -86,6 +92,9 @@ def reference(x: torch.Tensor, moments: torch.Tensor | None, *parameters: Any) -
         z = algebra.group_norm(y, needed(moments), p.norm2_weight, p.norm2_bias, p.eps2)
     hidden = F.gelu(F.conv2d(z, p.fc1_weight.flatten(1)[:, :, None, None], p.fc1_bias))
     branch = F.conv2d(hidden, p.fc2_weight.flatten(1)[:, :, None, None], p.fc2_bias)
+    if p.int8:
+        rounded = quantise.mlp(z, p.fc1_weight.flatten(1), p.fc1_bias, p.fc2_weight.flatten(1), p.fc2_bias)
+        branch = branch + (rounded - branch).detach()
     if p.layer_scale_2 is not None:
         branch = branch * p.layer_scale_2.view(1, -1, 1, 1)
     out = (y + branch if p.residual else branch).to(x.dtype).contiguous(memory_format=memory_format_of(x))

@@ -46,7 +46,7 @@ def test_help_lists_every_command_and_version(capsys: pytest.CaptureFixture[str]
         ([], "COMMAND"),
         (["frobnicate"], "frobnicate"),
         (["predict"], "IMAGE"),
-        (["verify", "--dtype", "int8"], "float32, bfloat16, float16"),
+        (["verify", "--dtype", "int16"], "float32, bfloat16, float16, int8"),
         (["verify", "--arch", "s12", "--checkpoint", "x"], "not allowed with"),
         (["bench", "--batch", "1,0"], "at least 1, found 0"),
         (["predict", "x.png", "--topk", "many"], "expected an integer, found 'many'"),
@@ -253,6 +253,18 @@ def test_verify_passes(norm: str, tmp_path: Path, backend: str, capsys: pytest.C
         for entry in result["comparisons"]:
             assert entry["limits"]["rms"] == (2 if result["dtype"] == "float32" else 1.25)
             assert 0 < entry["ours"]["rms"] < 0.1 and 0 < entry["eager"]["rms"] < 0.1
+
+
+def test_verify_int8(checkpoint: str, backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bfloat16 model with int8 products, judged by int8's own limits."""
+    arguments = ["verify", "--checkpoint", checkpoint, "--backend", backend, "--image-size", "96", "--dtype", "int8"]
+    assert main([*arguments, "--format", "json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["results"]
+    assert found["dtype"] == "int8" and found["passed"]
+    limits = {(entry["kind"], entry["name"]): entry["limits"]["rms"] for entry in found["comparisons"]}
+    assert limits["network", "features norm6"] == 1.5 and limits["branch", "network.0.0"] == 4.5
+    bfloat16 = [entry["ours"]["rms"] > 1.5 * entry["eager"]["rms"] for entry in found["comparisons"]]
+    assert any(bfloat16), "computed in int8"
 
 
 def test_verify_other_form_and_text(checkpoint: str, backend: str, capsys: pytest.CaptureFixture[str]) -> None:

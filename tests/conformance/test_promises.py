@@ -36,6 +36,9 @@ BLOCKS = tuple(
         Block(208, (9, 7), hidden=64),
         Block(320, (14, 14), torch.bfloat16, "ln", hidden=64),
         Block(384, (5, 5), torch.bfloat16, hidden=64),
+        Block(16, (9, 7), torch.bfloat16, int8=True),
+        Block(24, (4, 3), torch.bfloat16, "ln", hidden=264, int8=True),
+        Block(64, (9, 9), torch.float16, int8=True),
     )
 )
 EMBEDS = (

@@ -82,7 +82,7 @@ def scaled(make, monkeypatch):
 
 @pytest.mark.parametrize("kind", [DEPLOYED, TRAINING, POOLING, SCALED], ids=lambda kind: kind.name)
 def test_every_tensor_of_the_op_has_a_path(kind):
-    settings = {"eps1", "eps2", "per_position", "residual"}
+    settings = {"eps1", "eps2", "per_position", "residual", "int8"}
     assert set(tensor_paths(kind)) == set(BlockParameters._fields) - settings
 
 

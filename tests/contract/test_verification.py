@@ -11,7 +11,7 @@ from riformer.model import RIFormer
 from support_cases import DTYPES
 from torch import nn
 
-from riformer_kernels import VerificationError, backends, ops, patch, verification
+from riformer_kernels import VerificationError, backends, numerics, ops, patch, verification
 
 
 @pytest.fixture
@@ -105,8 +105,8 @@ def mutants(plain):
         return plain.ops["block"](*arguments)
 
     def per_position(*arguments):
-        *rest, _, residual = arguments
-        out, _ = plain.ops["block"](*rest, True, residual)
+        *rest, _, residual, int8 = arguments
+        out, _ = plain.ops["block"](*rest, True, residual, int8)
         return out, plain.ops["moments"](out)
 
     return {
@@ -225,7 +225,7 @@ def test_repetition_on_chance(make, backend, monkeypatch):
 
     def judged(bad_batches):
         sample = lambda seed: [(x + (3e-3 if seed in bad_batches else 1e-3), x + 1e-3, x.double())]  # noqa: E731
-        (found,) = verification._judge(["x"], sample, torch.float32)
+        (found,) = verification._judge(["x"], sample, [numerics.limits_for(torch.float32)])
         return found.batches, found.exceeding, found.passed
 
     assert judged(()) == (1, 0, True)

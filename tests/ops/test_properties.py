@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -38,6 +39,7 @@ blocks = st.builds(
     residual=st.booleans(), layout=layouts, batch=batches, hidden=st.integers(1, 48).map(lambda n: 8 * n),
     parameters=st.none() | dtypes, seed=seeds,
 )  # fmt: skip
+any_blocks = st.builds(lambda case, int8: replace(case, int8=int8), case=blocks, int8=st.booleans())
 
 
 @given(isa=isas, case=blocks)
@@ -102,7 +104,7 @@ def test_head(isa, channels, size, dtype, norm, classes, batch, seed):
         check_again(lambda drawn: check_head(CPU.head, drawn, classes, isa), case)
 
 
-@given(isa=isas, case=blocks, count=st.integers(1, 4), data=st.data())
+@given(isa=isas, case=any_blocks, count=st.integers(1, 4), data=st.data())
 @PROFILE
 def test_bits_do_not_depend_on_company_layout_or_threads(isa, case, count, data):
     assume(case.work <= LIMIT // 4)

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...errors import BackendError
 from ...ops.block import BlockParameters
 from . import choice
 from ._launch import (
@@ -324,9 +325,19 @@ def _compute(
     return None if partials is None else merge(partials, positions, chosen.rows, out_moments)
 
 
+def _parameters(values: tuple[Any, ...]) -> BlockParameters:
+    p = BlockParameters(*values)
+    if p.int8:
+        raise BackendError(
+            "riformer::block: int8 is true, and Triton's kernels have no int8 products, only the CPU's have; leave it "
+            "false"
+        )
+    return p
+
+
 def block(x: torch.Tensor, moments: torch.Tensor | None, *parameters: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """``riformer::block``, see ``riformer_kernels.ops.block``."""
-    p = BlockParameters(*parameters)
+    p = _parameters(parameters)
     tokens, out = as_tokens(x), result_like(x, x.dtype)
     found = _compute(tokens, out, None if p.per_position else dense_moments(moments), None, p) if x.shape[0] else None
     if found is None:
@@ -338,7 +349,7 @@ def block_(x: torch.Tensor, moments: torch.Tensor | None, *parameters: Any) -> N
     """``riformer::block_``: the same over ``x`` and ``moments``."""
     if not x.shape[0]:
         return
-    p = BlockParameters(*parameters)
+    p = _parameters(parameters)
     tokens, dense = as_tokens(x), None if p.per_position else dense_moments(moments)
     _compute(tokens, tokens, dense, dense, p)
     if tokens.data_ptr() != x.data_ptr():
