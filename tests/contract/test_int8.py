@@ -122,7 +122,8 @@ def test_without_vnni_it_says_so(make):
     with selected("scalar"):
         with pytest.warns(UserWarning, match="int8 are slow on this machine .no VNNI in instruction set 'scalar',"):
             handle = patch(make(num_classes=10), backend="cpu", compute_dtype=torch.int8)
-        assert "cpu (scalar; slow in int8: no VNNI in instruction set 'scalar', so about as fast as float32)" in str(handle)
+        reason = "no VNNI in instruction set 'scalar', so about as fast as float32"
+        assert f"cpu (scalar; slow in int8: {reason})" in str(handle)
     for isa in supported:
         if not isa.endswith("vnni"):
             continue
