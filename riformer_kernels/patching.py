@@ -319,8 +319,7 @@ def _prepare(name: str, backbone: Backbone, backend: str, compute_dtype: torch.d
         raise BackendError(f"{label}: backend {chosen.name!r} does not read {lead.dtype} parameters: convert the model")
     if compute_dtype is not None and chosen.slow is not None and (reason := chosen.slow(compute_dtype)):
         warnings.warn(
-            f"{label}: products in {dtypes.name_of(compute_dtype)} are slow on this machine ({reason}); "
-            "compute_dtype=torch.bfloat16 or the parameters' dtype may be faster",
+            f"{label}: products in {dtypes.name_of(compute_dtype)} are slow on this machine: {reason}",
             UserWarning,
             stacklevel=3,  # the caller of patch
         )

@@ -104,6 +104,12 @@ def test_gpu_backends_refuse_it_by_name(name):
         backends.choose(name, torch.device("cuda"), torch.int8)
 
 
+def test_tritons_kernels_refuse_it():
+    block = pytest.importorskip("riformer_kernels.backends.triton.block")
+    with pytest.raises(BackendError, match="Triton's kernels have no int8 products"):
+        block._parameters((*[None] * (len(BlockParameters._fields) - 1), True))
+
+
 def test_tokens_of_integers_are_still_refused():
     """int8 names products. Tokens are floats."""
     weight = torch.zeros(16, 16, dtype=torch.int8)
@@ -120,10 +126,12 @@ def test_a_model_that_is_patched_otherwise_is_not_taken_over(model, backend):
 def test_without_vnni_it_says_so(make):
     supported = cpu.isa_status()["supported"]
     with selected("scalar"):
-        with pytest.warns(UserWarning, match="int8 are slow on this machine .no VNNI in instruction set 'scalar',"):
+        with pytest.warns(UserWarning, match="int8 are slow on this machine: no VNNI in instruction set 'scalar',"):
             handle = patch(make(num_classes=10), backend="cpu", compute_dtype=torch.int8)
-        reason = "no VNNI in instruction set 'scalar', so about as fast as float32"
-        assert f"cpu (scalar; slow in int8: {reason})" in str(handle)
+        assert (
+            "cpu (scalar; slow in int8: no VNNI in instruction set 'scalar', so at most 1.25x as fast as float32)"
+            in str(handle)
+        )
     for isa in supported:
         if not isa.endswith("vnni"):
             continue
@@ -143,19 +151,20 @@ def test_compiled_it_gives_the_same(make, images, backend):
 def test_s12_at_its_own_size_is_about_as_exact_as_eager_bfloat16(backend):
     """At 224 px, where the last stage has 49 positions. Verification's 96 px have nine, and less is averaged away.
 
-    Measured over three seeds: features 1.2 to 1.3x, logits 0.8x. Without the corrections logits are 2.7x.
+    Measured over three seeds: features 1.34x, logits 0.79x. Without the corrections logits are 2.7x. The patched model
+    has float32 parameters, the same values, as the rounding of bfloat16 logits would hide half of that.
     """
     model = randomize_(RIFormer("s12", num_classes=1000, deploy=True), 0).bfloat16().eval()
     images = torch.randn((4, 3, 224, 224), generator=torch.Generator().manual_seed(0)).bfloat16()
-    golden, ours = copy.deepcopy(model).double(), copy.deepcopy(model)
-    headless = copy.deepcopy(model)
+    golden, ours = copy.deepcopy(model).double(), copy.deepcopy(model).float()
+    headless = copy.deepcopy(ours)
     del headless.head
     headless.num_classes = 0
     for patched in (ours, headless):
         patch(patched, backend=backend, compute_dtype=torch.int8, verify=False)
     with torch.inference_mode():
         features = numerics.compare(
-            headless(images)[0], model.forward_features(images)[0], golden.forward_features(images.double())[0]
+            headless(images.float())[0], model.forward_features(images)[0], golden.forward_features(images.double())[0]
         )
-        logits = numerics.compare(ours(images), model(images), golden(images.double()))
+        logits = numerics.compare(ours(images.float()), model(images), golden(images.double()))
     assert features.rms <= 1.5 and logits.rms <= 1.0, (features, logits)

@@ -85,6 +85,13 @@ def test_block(changed, message, op):
     assert torch.equal(call_block()[0], GOOD_RESULT), "the next good call works"
 
 
+def test_int8_is_refused_where_there_are_no_such_products():
+    if OPS is torch.ops.riformer:
+        pytest.skip("the CPU's blocks have int8 products")
+    with pytest.raises(RuntimeError, match="these kernels have no int8 products, only the CPU's have; leave it false"):
+        call_block(int8=True)
+
+
 def test_block_in_place_that_fails_writes_nothing():
     x, moments = X.clone(), MOMENTS.clone()
     bad = GOOD | {"layer_scale_2": ones(1)}
