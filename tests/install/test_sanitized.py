@@ -17,6 +17,7 @@ from support_cases import LAYOUTS, lay_out, per_dtype, per_norm, tokens
 from support_cpu import CPU, ISAS, OPS, per_isa
 from support_embed import Embed, check_embed, embed_parameters
 from support_head import check_head
+from support_int8 import check_int8
 from support_moments import check_moments
 from support_norm import check_norm
 
@@ -53,6 +54,13 @@ BLOCKS = [
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
 def test_block(isa, dtype, norm, case):
     check_block(CPU.block, replace(case, dtype=dtype, norm=norm), isa)
+
+
+@per_isa
+@per_norm
+@pytest.mark.parametrize("case", BLOCKS, ids=str)
+def test_int8_block(isa, norm, case):
+    check_int8(CPU.block, replace(case, norm=norm, int8=True), isa)
 
 
 @per_isa
