@@ -88,7 +88,7 @@ class Prepared:
     def __init__(self, values: list[Any], run: Callable[..., list[torch.Tensor]], release: Callable[[], None]) -> None:
         self.values = values
         self.run = run
-        weakref.finalize(self, release)
+        weakref.finalize(self, release).atexit = False  # what the process still holds at its end needs no release
 
 
 class Network:
