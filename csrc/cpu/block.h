@@ -18,6 +18,7 @@
 #include "moments.h"
 #include "norm_map.h"
 #include "prefetch.h"
+#include "rests.h"
 #include "tiles.h"
 #include "weights.h"
 
@@ -40,15 +41,9 @@ inline BlockChoice choose_block(int64_t channels, int64_t hidden, bool per_posit
 }
 
 template <class T, class Gemm>
+struct BlockRests;
+template <class T, class Gemm>
 struct SplitBlock;
-
-// Whether the threads share the channels (block_split.h) and not the tokens. With less than a task of tokens for each
-// thread, all of them would read all weights, which takes most of the time at batch 1
-// (bench/notes/2026-11-21-cpu-batch-1.md). The results are the same to the bit.
-inline bool splits_channels(const cpu::BlockArgs& args, const Tasks& tasks) {
-  return args.pool.threads > 1 && !args.per_position && tasks.count <= args.pool.threads &&
-         args.batch * args.positions <= kMostTaskTokens;
-}
 
 template <class T, class Gemm>
 struct BlockKernel {
@@ -66,7 +61,7 @@ struct BlockKernel {
   float* maps;     // the ImageMap of every image; with per_position four rows [channels], see fill_position_maps
   float* partial;  // the moments of every tile
   std::atomic<int64_t> missing_bytes{0};  // memory that a task could not get
-  bool split;                             // see splits_channels
+  bool split;                             // whether the threads share the channels (block_split.h)
 
   BlockKernel(const cpu::BlockArgs& args_)
       : args(args_),
@@ -77,28 +72,33 @@ struct BlockKernel {
     depth1 = fc1.padded_depth(0);
     depth2 = fc2.padded_depth(0);
     rows2 = fc2.padded_rows();
-    split = splits_channels(args, tasks);
+    split = !args.per_position && few_tokens(tasks, args.pool.threads);
     if (split) tasks = Tasks(tasks.tiles, args.batch * args.positions, 1);
-    panels = (tasks.max_tokens() + kTokens - 1) / kTokens;
+    panels = max_panels(tasks, kTokens, Gemm::kMostRest);
   }
 
   struct Memory {
     Element* z;       // the panels of the task
+    Element* rests;   // z of the rests again, token by token
     Element* hidden;  // one panel of one chunk; with `split` all panels of all chunks
     float* sums;      // of the second product, for all panels
-    float* rows;      // the result of one call of the first product
+    float* rows;      // the result of one call of the first product, or of the second for rests
     float* y;         // with per_position, y for all panels
     Span* spans;
     int64_t bytes;
   };
 
+  int64_t rest_elements() const { return max_rest_panels(tasks, kTokens, Gemm::kMostRest) * kTokens * depth1; }
+  static constexpr int64_t row_floats() { return (Gemm::kRows > Vec::kLanes ? Gemm::kRows : Vec::kLanes) * kTokens; }
+
   Memory memory(void* base) const {
     Arena arena{static_cast<char*>(base)};
     Memory m;
     m.z = arena.take<Element>(panels * depth1 * kTokens);
+    m.rests = arena.take<Element>(rest_elements());
     m.hidden = arena.take<Element>(depth2 * kTokens);
     m.sums = arena.take<float>(panels * rows2 * kTokens);
-    m.rows = arena.take<float>(Gemm::kRows * kTokens);
+    m.rows = arena.take<float>(row_floats());
     m.y = arena.take<float>(args.per_position ? panels * args.channels * kTokens : 0);
     m.spans = arena.take<Span>(max_spans(tasks, kTokens));
     m.bytes = arena.used;
@@ -114,7 +114,7 @@ struct BlockKernel {
 
   // z for channels [begin, end), with GroupNorm. Goes through the whole task for two channels before the next two, so
   // that long rows of x are read: span by span, a third of the time at C = 64 was spent waiting for rows (6 KB apart).
-  void normalise(int spans, int64_t begin, int64_t end, const Memory& m) const {
+  void normalise(const Panels& cut, int spans, int64_t begin, int64_t end, const Memory& m) const {
     for (int64_t c = begin; c < end; c += 2)
       for (const Span* span = m.spans; span < m.spans + spans; ++span) {
         const ImageMap map(maps, span->image, args.channels);
@@ -129,6 +129,15 @@ struct BlockKernel {
           Gemm::put(panel, c, span->token + j, za, zb, lanes);
         });
       }
+    turn_rests(cut, begin, end, m);
+  }
+
+  // Channels [begin, end) of the rests' z, from panels to token by token.
+  void turn_rests(const Panels& cut, int64_t begin, int64_t end, const Memory& m) const {
+    if constexpr (Gemm::kMostRest > 0)
+      for (int64_t p = cut.whole; p < cut.count; ++p)
+        turn_panel<Gemm>(m.z + p * depth1 * kTokens, begin, end, cut.length(p), depth1,
+                         m.rests + (p - cut.whole) * depth1 * kTokens);
   }
 
   // y of n positions of a span, from position j on, with LayerNorm: to rows kTokens apart, and its statistics. It is
@@ -194,8 +203,14 @@ struct BlockKernel {
 
   // hidden = gelu(W1 z + b1) for one panel and the hidden channels [h0 + begin, h0 + end) of the chunk that starts at
   // h0.
-  void first_product(int64_t h0, int64_t begin, int64_t end, int64_t panel, int vectors, RowPrefetcher& next_x,
+  void first_product(int64_t h0, int64_t begin, int64_t end, const Panels& cut, int64_t panel, RowPrefetcher& next_x,
                      const Memory& m) const {
+    if constexpr (Gemm::kMostRest > 0)
+      if (cut.is_rest(panel)) {
+        BlockRests<T, Gemm>{*this, cut, panel, m}.first_product(h0, begin, end);
+        return;
+      }
+    const int vectors = vectors_in(cut, panel);
     const WeightRows<Gemm> weight = fc1.at(0);
     const Element* z = m.z + panel * depth1 * kTokens;
     Element* hidden = hidden_panel(h0, panel, m);
@@ -219,7 +234,7 @@ struct BlockKernel {
 
   // sums = or += W2 hidden for one panel, the channels [begin, end) and the chunk that starts at h0. After the last
   // chunk the channels are finished.
-  void second_product(int64_t h0, int64_t begin, int64_t end, int64_t panel, int vectors, const Span* spans_end,
+  void second_product(int64_t h0, int64_t begin, int64_t end, const Panels& cut, int64_t panel, const Span* spans_end,
                       const Memory& m) const {
     const WeightRows<Gemm> weight = fc2.at(h0);
     const Element* hidden = hidden_panel(h0, panel, m);
@@ -229,12 +244,19 @@ struct BlockKernel {
     while (final && first->panel < panel) ++first;
     const Span* last = first;
     while (final && last < spans_end && last->panel == panel) ++last;
+    if constexpr (Gemm::kMostRest > 0)
+      if (cut.is_rest(panel)) {
+        BlockRests<T, Gemm>{*this, cut, panel, m}.second_product(h0, begin, end, first, last);
+        return;
+      }
+    const int vectors = vectors_in(cut, panel);
     for (int64_t row = begin; row < end; row += Gemm::kRows) {
       if (panel == 0) prefetch_rows(weight, row + Gemm::kRows, end, fc2.depth(h0));
       if (final) prefetch_x(first, last, row);
       multiply<Gemm>(vectors, weight.data + row * weight.stride, weight.stride, hidden, fc2.padded_depth(h0),
                      sums + row * kTokens, h0 > 0);
-      for (int64_t c = row; final && c < row + Gemm::kRows && c < end; ++c) finish(first, last, c, m);
+      for (int64_t c = row; final && c < row + Gemm::kRows && c < end; ++c)
+        finish(first, last, c, sums + c * kTokens, m);
     }
   }
 
@@ -250,11 +272,11 @@ struct BlockKernel {
       }
   }
 
-  // Channel c of one panel: adds the bias, applies the layer scale, adds the residual and stores.
-  void finish(const Span* first, const Span* last, int64_t c, const Memory& m) const {
+  // Channel c of one panel: adds the bias to its sums, applies the layer scale, adds the residual and stores.
+  void finish(const Span* first, const Span* last, int64_t c, const float* panel_sums, const Memory& m) const {
     const Vec bias = Vec::broadcast(fc2_bias[c]), scale = Vec::broadcast(layer_scale_2[c]);
     for (const Span* span = first; span < last; ++span) {
-      const float* sums = m.sums + (span->panel * rows2 + c) * kTokens + span->token;
+      const float* sums = panel_sums + span->token;
       T* out = out_row(*span, c);
       const auto put = [&](auto y) {
         for_each_vector(span->length, [&](int64_t j, auto lanes) {
@@ -286,9 +308,8 @@ struct BlockKernel {
       const int64_t chunk = fc2.chunk_channels(h0);
       clear_rows<Gemm>(m.hidden, chunk, fc2.padded_depth(h0));
       for (int64_t p = 0; p < cut.count; ++p) {
-        const int vectors = vectors_in(cut, p);
-        first_product(h0, 0, chunk, p, vectors, next_x, m);
-        second_product(h0, 0, args.channels, p, vectors, spans_end, m);
+        first_product(h0, 0, chunk, cut, p, next_x, m);
+        second_product(h0, 0, args.channels, cut, p, spans_end, m);
       }
     }
   }
@@ -303,16 +324,18 @@ struct BlockKernel {
       return;
     }
     const Memory m = memory(base);
-    const Panels cut = panels_of<Gemm>(tokens_of(tasks.tiles, first, last));
+    const Panels cut = panels_of<Gemm>(tasks.tiles, first, last);
     // 1. The norms.
-    const int spans = cut_spans(tasks.tiles, first, last, cut, m.spans);
+    const int spans = cut_spans(cut, m.spans);
     clear_padding<Gemm>(m.z, cut, args.channels, depth1);
-    if (args.per_position)
+    if (args.per_position) {
       for (int i = 0; i < spans; ++i) normalise_positions(m.spans[i], m);
-    else
-      normalise(spans, 0, args.channels, m);
+      turn_rests(cut, 0, args.channels, m);
+    } else {
+      normalise(cut, spans, 0, args.channels, m);
+    }
     // 2. and 3. The products and the residual.
-    multiply_task(cut, m.spans + spans, prefetcher_of_x(last, cut.tokens), m);
+    multiply_task(cut, m.spans + spans, prefetcher_of_x(last, cut.tokens + cut.rests), m);
     // 4. The moments.
     if (args.moments_out)
       moments_of_tiles(static_cast<const T*>(args.out), tasks.tiles, first, last, args.channels, 0, args.channels,
@@ -390,6 +413,7 @@ struct BlockKernel {
 }  // namespace riformer::RIFORMER_ISA
 
 #include "block_int8.h"
+#include "block_rests.h"
 #include "block_split.h"
 
 namespace riformer::RIFORMER_ISA {

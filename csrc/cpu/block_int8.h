@@ -53,7 +53,7 @@ struct BlockInt8 : BlockKernel<T, GemmInt8> {
     // The threads always share the tokens: they share the quantising of the weights, and bytes are soon read.
     this->split = false;
     tasks = Tasks(tasks.tiles, choice.tokens, args.pool.threads);
-    panels = (tasks.max_tokens() + kTokens - 1) / kTokens;
+    panels = max_panels(tasks, kTokens, Gemm::kMostRest);
   }
 
   struct Memory : Base::Memory {
@@ -233,7 +233,7 @@ struct BlockInt8 : BlockKernel<T, GemmInt8> {
       multiply_int8(vectors, w2.at(h0, row), chunk, m.hidden, chunk, m.whole);
       for (int vector = 0; vector < vectors; ++vector)
         second_sums(scales + row, row, panel * Gemm::kVectors + vector, h0 == 0, m);
-      for (int64_t c = row; final && c < row + Gemm::kRows; ++c) this->finish(from, to, c, m);
+      for (int64_t c = row; final && c < row + Gemm::kRows; ++c) this->finish(from, to, c, m.sums + (panel * rows2 + c) * kTokens, m);
     }
   }
 
@@ -270,8 +270,8 @@ struct BlockInt8 : BlockKernel<T, GemmInt8> {
       return;
     }
     const Memory m = memory(base);
-    const Panels cut = panels_of<Gemm>(tokens_of(tasks.tiles, first, last));
-    const int spans = cut_spans(tasks.tiles, first, last, cut, m.spans);
+    const Panels cut = panels_of<Gemm>(tasks.tiles, first, last);
+    const int spans = cut_spans(cut, m.spans);
     find_images(spans, m);
     clear_ragged(cut, m);
     if (args.per_position)

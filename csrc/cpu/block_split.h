@@ -15,12 +15,12 @@ struct SplitBlock {
   using Element = typename Gemm::Element;
 
   Kernel& kernel;
-  Memory shared{};  // z, hidden and spans of the whole batch
+  Memory shared{};  // z, rests, hidden and spans of the whole batch
   Panels cut;
   int spans = 0;
 
   explicit SplitBlock(Kernel& kernel_)
-      : kernel(kernel_), cut(panels_of<Gemm>(kernel_.args.batch * kernel_.args.positions)) {}
+      : kernel(kernel_), cut(panels_of<Gemm>(kernel_.tasks.tiles, 0, kernel_.tasks.tiles.count())) {}
 
   int64_t chunks() const { return (kernel.args.hidden + kernel.choice.hidden_chunk - 1) / kernel.choice.hidden_chunk; }
 
@@ -29,6 +29,7 @@ struct SplitBlock {
     Arena arena{static_cast<char*>(base)};
     Memory m{};
     m.z = arena.take<Element>(kernel.panels * kernel.depth1 * Gemm::kTokens);
+    m.rests = arena.take<Element>(kernel.rest_elements());
     m.hidden = arena.take<Element>(chunks() * kernel.panels * kernel.depth2 * Gemm::kTokens);
     m.spans = arena.take<Span>(max_spans(kernel.tasks, Gemm::kTokens));
     m.bytes = arena.used;
@@ -40,7 +41,7 @@ struct SplitBlock {
     Arena sizes{nullptr};
     const auto take = [&](Arena& arena) {
       m->sums = arena.take<float>(kernel.panels * kernel.rows2 * Gemm::kTokens);
-      m->rows = arena.take<float>(Gemm::kRows * Gemm::kTokens);
+      m->rows = arena.take<float>(Kernel::row_floats());
     };
     take(sizes);
     void* base = cpu::thread_scratch(sizes.used);
@@ -61,7 +62,7 @@ struct SplitBlock {
       const int64_t chunk = kernel.fc2.chunk_channels(h0);
       const int64_t from = begin > h0 ? begin - h0 : 0, to = end - h0 < chunk ? end - h0 : chunk;
       for (int64_t p = 0; from < to && p < cut.count; ++p)
-        kernel.first_product(h0, from, to, p, vectors_in(cut, p), nothing, m);
+        kernel.first_product(h0, from, to, cut, p, nothing, m);
     }
   }
 
@@ -70,7 +71,7 @@ struct SplitBlock {
     if (!thread_memory(&m)) return;
     for (int64_t h0 = 0; h0 < kernel.args.hidden; h0 += kernel.choice.hidden_chunk)
       for (int64_t p = 0; p < cut.count; ++p)
-        kernel.second_product(h0, begin, end, p, vectors_in(cut, p), m.spans + spans, m);
+        kernel.second_product(h0, begin, end, cut, p, m.spans + spans, m);
     if (kernel.args.moments_out)
       moments_of_tiles(static_cast<const T*>(kernel.args.out), kernel.tasks.tiles, 0, kernel.tasks.tiles.count(),
                        kernel.args.channels, begin, end, kernel.partial);
@@ -78,7 +79,7 @@ struct SplitBlock {
 
   static void run_norm(int64_t begin, int64_t end, void* context) {
     const auto& self = *static_cast<const SplitBlock*>(context);
-    self.kernel.normalise(self.spans, 2 * begin, 2 * end, self.shared);
+    self.kernel.normalise(self.cut, self.spans, 2 * begin, 2 * end, self.shared);
   }
   static void run_first(int64_t begin, int64_t end, void* context) {
     const auto& self = *static_cast<const SplitBlock*>(context);
@@ -104,7 +105,7 @@ struct SplitBlock {
       return;
     }
     shared = shared_memory(base);
-    spans = cut_spans(kernel.tasks.tiles, 0, kernel.tasks.tiles.count(), cut, shared.spans);
+    spans = cut_spans(cut, shared.spans);
     clear_padding<Gemm>(shared.z, cut, args.channels, kernel.depth1);
     for (int64_t h0 = 0; h0 < args.hidden; h0 += kernel.choice.hidden_chunk)
       for (int64_t p = 0; p < kernel.panels; ++p)

@@ -12,122 +12,15 @@
 #include "gemm.h"
 #include "memory.h"
 #include "moments.h"
-#include "prefetch.h"
+#include "planes.h"
+#include "rests.h"
 #include "tiles.h"
 #include "weights.h"
 
 namespace riformer::RIFORMER_ISA {
 
-// The padded input rows under a task, for two input channels. They are split into `stride` planes of cells by column
-// modulo the stride, so that neighbouring output columns read neighbouring cells. What cell j of a plane holds, with e
-// the elements of the padded row:
-//   float32, one channel            e[stride j + plane]
-//   bfloat16, pairs of columns      e[stride j + plane - 1] and e[stride j + plane] of one channel. For weights in the
-//                                   order of the parameter: most pairs of taps are neighbours in a row.
-//   bfloat16, pairs of channels     e[stride j + plane] of both channels. For channels_last weights.
-// With a stride of 2, pairs of columns need no planes: the padded row itself is both of them, one element apart
-// (whole_rows).
-template <class Gemm>
-struct Planes {
-  using Element = typename Gemm::Element;
-  static constexpr int kCell = Gemm::kCell;
-
-  const cpu::EmbedArgs& args;
-  bool channel_pairs, whole_rows;
-  int64_t columns, padded_width;
-  int64_t plane_size, row_size, channel_size;  // elements
-
-  Planes(const cpu::EmbedArgs& args_, int64_t rows)
-      : args(args_),
-        channel_pairs(kCell == 2 && args.weight_channels_last),
-        whole_rows(kCell == 2 && !channel_pairs && args.stride == 2),
-        columns(round_up(args.out_width + args.kernel_width / args.stride, 16)),
-        padded_width(round_up(args.stride * (columns + 1), 32)),
-        plane_size(whole_rows ? 1 : columns * kCell),
-        row_size(whole_rows ? padded_width : args.stride * plane_size),
-        channel_size(rows * row_size) {}
-
-  int64_t cell_elements() const { return 2 * channel_size + 64; }  // a vector that starts in a row may end behind it
-  int64_t row_elements() const { return 2 * padded_width + 64; }
-
-  // The first cell of a tap, in elements: the cell that output row 0 and column 0 reads. `channel` is 0 or 1; `first`
-  // says whether the tap is the first or the second of a pair.
-  int64_t tap(int64_t channel, int64_t ky, int64_t kx, bool first) const {
-    const int64_t at = kCell == 2 && !channel_pairs && first ? kx + 1 : kx;
-    return (channel_pairs ? 0 : channel) * channel_size + ky * row_size + at % args.stride * plane_size +
-           at / args.stride * kCell;
-  }
-
-  // Sets to zero what lies around the image; `fill` writes the image only.
-  void clear(Element* row, Element* cells) const {
-    std::memset(static_cast<void*>(row), 0, static_cast<size_t>(row_elements()) * sizeof(Element));
-    if (whole_rows) std::memset(static_cast<void*>(cells), 0, static_cast<size_t>(cell_elements()) * sizeof(Element));
-  }
-
-  // Makes the cells of padded input rows [first, first + count) of `channels` channels (1 or 2) from `channel` on.
-  // `row` is working memory.
-  template <class X>
-  void fill(int64_t image, int64_t channel, int64_t channels, int64_t first, int64_t count, Element* row,
-            Element* cells) const {
-    const X* plane = static_cast<const X*>(args.x) + image * args.stride_batch + channel * args.stride_channel;
-    const int64_t left = args.padding + (kCell == 2 ? 1 : 0), room = padded_width - left;
-    const int64_t width = args.width < room ? args.width : room;
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t y = first + r - args.padding;
-      Element* to = cells + r * row_size;
-      if (y < 0 || y >= args.height) {
-        for (int64_t slot = 0; slot < channels; ++slot)
-          std::memset(static_cast<void*>(to + slot * channel_size), 0, static_cast<size_t>(row_size) * sizeof(Element));
-        continue;
-      }
-      if (args.stride_column == 1) prefetch_next(plane, channel, channels, y, count);
-      for (int64_t slot = 0; slot < channels; ++slot)
-        copy_strided(plane + slot * args.stride_channel + y * args.stride_row, width,
-                     (whole_rows ? to + slot * channel_size : row + slot * padded_width) + left);
-      if (whole_rows) continue;
-      if (channel_pairs) {
-        interleave(row + 1, to);
-        continue;
-      }
-      for (int64_t slot = 0; slot < channels; ++slot)
-        for (int64_t p = 0; p < args.stride; ++p)
-          Gemm::take_every(row + slot * padded_width + p, args.stride, columns,
-                           to + slot * channel_size + p * plane_size);
-    }
-  }
-
-  // Prefetches row y of the next two channels or, behind the last channel, the row that the next task begins with.
-  template <class X>
-  void prefetch_next(const X* plane, int64_t channel, int64_t channels, int64_t y, int64_t count) const {
-    const int64_t left = args.in_channels - channel - channels;
-    const X* next = left > 0 ? plane + channels * args.stride_channel : plane - channel * args.stride_channel;
-    const int64_t row = left > 0 ? y : y + count, most = left > 0 ? left : args.in_channels;
-    if (row >= args.height) return;
-    for (int64_t slot = 0; slot < 2 && slot < most; ++slot) {
-      const X* from = next + slot * args.stride_channel + row * args.stride_row;
-      prefetch(from, args.width * static_cast<int64_t>(sizeof(X)));
-    }
-  }
-
-  // `width` columns of one input row, converted to the product's element type.
-  template <class X>
-  void copy_strided(const X* from, int64_t width, Element* to) const {
-    if (args.stride_column == 1)
-      copy_row(from, width, to);
-    else
-      for (int64_t j = 0; j < width; ++j) narrow(widen(from[j * args.stride_column]), to[j]);
-  }
-
-  // The cells of one row from the padded rows of two channels.
-  void interleave(const Element* row, Element* to) const {
-    for (int64_t p = 0; p < args.stride; ++p)
-      for (int64_t j = 0; j < columns; ++j) {
-        Element* cell = to + p * plane_size + 2 * j;
-        cell[0] = row[args.stride * j + p];
-        cell[1] = row[args.stride * j + p + padded_width];
-      }
-  }
-};
+template <class X, class T, class Gemm>
+struct SplitEmbed;
 
 template <class X, class T, class Gemm>
 struct EmbedKernel {
@@ -137,6 +30,7 @@ struct EmbedKernel {
   const cpu::EmbedArgs& args;
   int64_t taps;
   Weights<Gemm> weights;
+  bool split;  // whether the threads share the channels (embed_split.h)
   Tasks tasks;
   int64_t max_rows;  // input rows under one task's positions of one image
   Planes<Gemm> planes;
@@ -166,6 +60,13 @@ struct EmbedKernel {
     return fit < kTokens ? kTokens : (fit < kMostTaskTokens ? fit : kMostTaskTokens);
   }
 
+  int64_t chunks() const { return (args.in_channels + weights.chunk - 1) / weights.chunk; }
+  Tiles tiles() const { return Tiles(args.batch, args.out_height * args.out_width); }
+  // The tasks if the threads share the tokens.
+  Tasks tasks_of_threads() const {
+    return Tasks(tiles(), wanted_tokens(weights.padded_depth(0), weights.padded_rows()), args.pool.threads);
+  }
+
   // The most input rows that `tokens` neighbouring output positions read.
   static int64_t rows_under(const cpu::EmbedArgs& args, int64_t tokens) {
     const int64_t spanned = (tokens + args.out_width - 1) / args.out_width + 1;
@@ -177,8 +78,8 @@ struct EmbedKernel {
       : args(args_),
         taps(args.kernel_height * args.kernel_width),
         weights{args.weight, args.channels, args.in_channels, taps, chunk_of(args), args.weight_channels_last},
-        tasks(Tiles(args.batch, args.out_height * args.out_width),
-              wanted_tokens(weights.padded_depth(0), weights.padded_rows()), args.pool.threads),
+        split(chunks() >= args.pool.threads && few_tokens(tasks_of_threads(), args.pool.threads)),
+        tasks(split ? Tasks(tiles(), args.batch * tiles().positions, 1) : tasks_of_threads()),
         max_rows(rows_under(args, tasks.max_tokens())),
         planes(args, max_rows) {}
 
@@ -190,7 +91,9 @@ struct EmbedKernel {
   };
 
   struct Memory {
-    Element *panels, *row, *cells;
+    Element* panels;  // of one chunk of input channels
+    Element* rests;   // the panels of rests again, token by token
+    Element *row, *cells;
     float* sums;
     Span* spans;
     VectorCopy* copies;
@@ -199,14 +102,21 @@ struct EmbedKernel {
   // Rows of a panel, which are written two at a time.
   int64_t panel_depth(int64_t first) const { return round_up(weights.padded_depth(first), 2); }
 
+  // Of a task, for one chunk of input channels.
+  int64_t panels() const { return max_panels(tasks, kTokens, Gemm::kMostRest); }
+  int64_t panel_elements() const { return panels() * panel_depth(0) * kTokens; }
+  int64_t rest_elements() const { return max_rest_panels(tasks, kTokens, Gemm::kMostRest) * panel_depth(0) * kTokens; }
+  int64_t sum_floats() const { return panels() * weights.padded_rows() * kTokens; }
+
   Memory memory(void* base) const {
     Arena arena{static_cast<char*>(base)};
-    const int64_t tokens = tasks.max_tokens(), panels = (tokens + kTokens - 1) / kTokens;
+    const int64_t tokens = tasks.max_tokens();
     Memory m;
-    m.panels = arena.take<Element>(panels * panel_depth(0) * kTokens);
+    m.panels = arena.take<Element>(panel_elements());
+    m.rests = arena.take<Element>(rest_elements());
     m.row = arena.take<Element>(planes.row_elements());
     m.cells = arena.take<Element>(planes.cell_elements());
-    m.sums = arena.take<float>(panels * weights.padded_rows() * kTokens);
+    m.sums = arena.take<float>(sum_floats());
     m.spans = arena.take<Span>(max_spans(tasks, kTokens));
     // A vector ends early at the end of a panel, of an image or of an output row.
     m.copies =
@@ -271,33 +181,81 @@ struct EmbedKernel {
   }
 
   // Channel c of one panel: adds the bias and stores.
-  void finish(const Span* first, const Span* last, int64_t c, const float* panel_sums) const {
+  void finish(const Span* first, const Span* last, int64_t c, const float* channel_sums) const {
     const Vec shift = Vec::broadcast(bias[c]);
     for (const Span* span = first; span < last; ++span) {
-      const float* sums = panel_sums + c * kTokens + span->token;
+      const float* sums = channel_sums + span->token;
       T* out = static_cast<T*>(args.out) + (span->image * args.channels + c) * tasks.tiles.positions + span->position;
       for_each_vector(span->length,
                       [&](int64_t j, auto lanes) { store(load(sums + j, lanes) + shift, out + j, lanes); });
     }
   }
 
-  // Adds the products with the chunk of input channels from `begin` on, for all panels.
-  void multiply_panels(int64_t begin, const Panels& cut, const Span* spans_end, const Memory& m) const {
+  // The panels of a task with the chunk of input channels from `begin` on.
+  void gather_panels(int64_t begin, const Panels& cut, int spans, const Memory& m) const {
+    const int64_t depth = panel_depth(begin);
+    clear_padding<Gemm>(m.panels, cut, round_up(weights.depth(begin), 2), depth);
+    for (int i = 0, first = 0; i < spans; ++i) {
+      if (i + 1 < spans && m.spans[i + 1].image == m.spans[i].image) continue;
+      gather(m.spans + first, m.spans + i + 1, begin, m);
+      first = i + 1;
+    }
+    if constexpr (Gemm::kMostRest > 0)
+      for (int64_t p = cut.whole; p < cut.count; ++p)
+        turn_panel<Gemm>(m.panels + p * depth * kTokens, 0, weights.depth(begin), cut.length(p), depth,
+                         m.rests + (p - cut.whole) * depth * kTokens);
+  }
+
+  // Adds the products with the chunk of input channels from `begin` on, for the channels [row_begin, row_end) and all
+  // panels. After the last chunk the channels are finished.
+  void multiply_panels(int64_t begin, int64_t row_begin, int64_t row_end, const Panels& cut, const Span* spans_end,
+                       const Memory& m) const {
     const bool final = begin + weights.chunk_channels(begin) >= args.in_channels;
     const WeightRows<Gemm> rows = weights.at(begin);
+    const int64_t depth = panel_depth(begin);
     const Span* first = m.spans;
     for (int64_t p = 0; p < cut.count; ++p) {
-      const int vectors = vectors_in(cut, p);
       float* sums = m.sums + p * weights.padded_rows() * kTokens;
       const Span* last = first;
       while (last < spans_end && last->panel == p) ++last;
-      for (int64_t row = 0; row < args.channels; row += Gemm::kRows) {
-        if (p == 0) prefetch_rows(rows, row + Gemm::kRows, args.channels, weights.depth(begin));
-        multiply<Gemm>(vectors, rows.data + row * rows.stride, rows.stride, m.panels + p * panel_depth(begin) * kTokens,
+      if (cut.is_rest(p)) {
+        multiply_rest_panel(begin, row_begin, row_end, cut, p, first, final ? last : first, m);
+        first = last;
+        continue;
+      }
+      const int vectors = vectors_in(cut, p);
+      for (int64_t row = row_begin; row < row_end; row += Gemm::kRows) {
+        if (p == 0) prefetch_rows(rows, row + Gemm::kRows, row_end, weights.depth(begin));
+        multiply<Gemm>(vectors, rows.data + row * rows.stride, rows.stride, m.panels + p * depth * kTokens,
                        weights.padded_depth(begin), sums + row * kTokens, begin > 0);
-        for (int64_t c = row; final && c < row + Gemm::kRows && c < args.channels; ++c) finish(first, last, c, sums);
+        for (int64_t c = row; final && c < row + Gemm::kRows && c < row_end; ++c)
+          finish(first, last, c, sums + c * kTokens);
       }
       first = last;
+    }
+  }
+
+  // multiply_panels for one panel of rests. [first, last) are the spans to be finished.
+  void multiply_rest_panel(int64_t begin, int64_t row_begin, int64_t row_end, const Panels& cut, int64_t panel,
+                           const Span* first, const Span* last, const Memory& m) const {
+    if constexpr (Gemm::kMostRest > 0) {
+      const WeightRows<Gemm> rows = weights.at(begin);
+      const int64_t pitch = panel_depth(begin), sum_pitch = weights.padded_rows();
+      const Element* rests = m.rests + (panel - cut.whole) * pitch * kTokens;
+      float* sums = m.sums + panel * sum_pitch * kTokens;
+      alignas(64) float finished[Vec::kLanes * kTokens];
+      for (int64_t row = row_begin; row < row_end; row += Vec::kLanes) {
+        const int count = static_cast<int>(row_end - row < Vec::kLanes ? row_end - row : Vec::kLanes);
+        const auto use = [&](int64_t token, Vec sum) {
+          float* to = sums + token * sum_pitch + row;
+          if (begin > 0) sum = Vec::load_n(to, count) + sum;
+          sum.store_n(to, count);
+          for (int i = 0; first < last && i < count; ++i) finished[i * kTokens + token] = to[i];
+        };
+        multiply_rests<Gemm>(rows.data + row * rows.stride, rows.stride, count, rests, pitch, cut.length(panel),
+                             weights.depth(begin), use);
+        for (int i = 0; first < last && i < count; ++i) finish(first, last, row + i, finished + i * kTokens);
+      }
     }
   }
 
@@ -311,16 +269,11 @@ struct EmbedKernel {
       return;
     }
     const Memory m = memory(base);
-    const Panels cut = panels_of<Gemm>(tokens_of(tasks.tiles, first, last));
-    const int spans = cut_spans(tasks.tiles, first, last, cut, m.spans);
+    const Panels cut = panels_of<Gemm>(tasks.tiles, first, last);
+    const int spans = cut_spans(cut, m.spans);
     for (int64_t begin = 0; begin < args.in_channels; begin += weights.chunk) {
-      clear_padding<Gemm>(m.panels, cut, round_up(weights.depth(begin), 2), panel_depth(begin));
-      for (int i = 0, first_span = 0; i < spans; ++i) {
-        if (i + 1 < spans && m.spans[i + 1].image == m.spans[i].image) continue;
-        gather(m.spans + first_span, m.spans + i + 1, begin, m);
-        first_span = i + 1;
-      }
-      multiply_panels(begin, cut, m.spans + spans, m);
+      gather_panels(begin, cut, spans, m);
+      multiply_panels(begin, 0, args.channels, cut, m.spans + spans, m);
     }
     if (args.moments_out)
       moments_of_tiles(static_cast<const T*>(args.out), tasks.tiles, first, last, args.channels, 0, args.channels,
@@ -372,12 +325,21 @@ struct EmbedKernel {
     last_pairs = odd;
     read_all(args.bias, args.channels, 0, shift);
     bias = shift;
-    args.pool.run(tasks.count, &run_tasks, this);
+    if (split)
+      SplitEmbed<X, T, Gemm>(*this).run();
+    else
+      args.pool.run(tasks.count, &run_tasks, this);
     if (missing_bytes.load() == 0 && args.moments_out)
       merge_all(args.pool, partial, tasks.tiles, args.channels, args.moments_out);
     return missing_bytes.load();
   }
 };
+
+}  // namespace riformer::RIFORMER_ISA
+
+#include "embed_split.h"
+
+namespace riformer::RIFORMER_ISA {
 
 inline int64_t embed(const cpu::EmbedArgs& args) {
   return with_dtypes(args.x_dtype, args.dtype, [&](auto x, auto out) {

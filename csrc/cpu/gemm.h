@@ -11,6 +11,8 @@
 //   kStep              k is padded with zeros to a multiple of this
 //   kRows, kVectors    one call computes kRows rows of weights times up to kVectors vectors of tokens
 //   run<kUsed>(...)    that call, for the first kUsed vectors of the panel; see `multiply`
+//   kMostRest          the most tokens of a tile that is multiplied as a rest (rests.h); 0 for none
+//   add_products(...)  where kMostRest is not 0: products along k; see rests.h
 //   gelu(x)            GELU as exact as results of this product need it
 //   begin(), end()     called by a thread before its first and after its last product of a task loop
 //
@@ -25,6 +27,10 @@
 #include "vec_math.h"
 
 namespace riformer::RIFORMER_ISA {
+
+// The most tokens of a rest (rests.h), for products whose vectors have kLanes tokens: fewer than a vector, and at most
+// 4. The 14x14 and the 7x7 positions of a 224 px image leave 4 and 1.
+constexpr int64_t most_rest() { return Vec::kLanes > 4 ? 4 : Vec::kLanes - 1; }
 
 // The product that serves tokens of element type T. Each kernels_*.cpp says it for every type. There is no definition
 // for "all others", so that a new type does not compile until somebody has chosen its product.
@@ -67,6 +73,16 @@ struct GemmFloat32 : FloatPanel<RIFORMER_GEMM_VECTORS * Vec::kLanes> {
     }
   }
 
+  static constexpr int64_t kMostRest = most_rest();
+  static constexpr int64_t kAlong = Vec::kLanes;  // elements of one vector along k
+
+  static Vec add_products(const Element* weight, const Element* token, AllLanes, Vec sum) {
+    return fma(Vec::load(weight), Vec::load(token), sum);
+  }
+  static Vec add_products(const Element* weight, const Element* token, int n, Vec sum) {
+    return fma(Vec::load_n(weight, n), Vec::load_n(token, n), sum);
+  }
+
   static Vec gelu(Vec x) { return gelu_float32(x); }
   static void begin() {}
   static void end() {}
@@ -78,9 +94,6 @@ template <class Gemm>
 constexpr int64_t task_bytes() {
   return RIFORMER_TASK_BYTES * 4 / static_cast<int64_t>(sizeof(typename Gemm::Element));
 }
-
-// The most tokens that a task should take, however narrow the widths are.
-constexpr int64_t kMostTaskTokens = 400;
 
 // c[kRows][kTokens] = or += kRows rows of weights, `stride` apart, times the panel. Calls the `run` for as many vectors
 // as hold tokens, so that a ragged last panel costs what it holds.

@@ -27,6 +27,10 @@ struct PairPanel {
 
   static Element* at(Element* panel, int64_t k, int64_t token) { return panel + k * kTokens + 2 * token; }
 
+  static Element get(const Element* panel, int64_t k, int64_t token) {
+    return panel[k / 2 * 2 * kTokens + 2 * token + k % 2];
+  }
+
   // Writes one vector to row k and one to row k + 1, from `token` on.
   static void put(Element* panel, int64_t k, int64_t token, Vec a, Vec b, int n) {
     _mm512_mask_storeu_epi32(at(panel, k, token), Vec::mask(n), pairs(a, b));
@@ -82,6 +86,18 @@ struct GemmBfloat16 : PairPanel<RIFORMER_GEMM_VECTORS * Vec::kLanes> {
     // The sums, back to memory.
     for (int i = 0; i < kRows; ++i)
       for (int j = 0; j < kUsed; ++j) _mm512_storeu_ps(c + i * kTokens + j * Vec::kLanes, acc[i][j]);
+  }
+
+  static constexpr int64_t kMostRest = most_rest();
+  static constexpr int64_t kAlong = 2 * Vec::kLanes;  // elements of one vector along k
+
+  static Vec add_products(const Element* weight, const Element* token, AllLanes, Vec sum) {
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_loadu_si512(weight), (__m512bh)_mm512_loadu_si512(token))};
+  }
+  static Vec add_products(const Element* weight, const Element* token, int n, Vec sum) {
+    const __mmask32 mask = (1u << n) - 1;
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_maskz_loadu_epi16(mask, weight),
+                             (__m512bh)_mm512_maskz_loadu_epi16(mask, token))};
   }
 
   static Vec gelu(Vec x) { return gelu_bfloat16(x); }

@@ -16,6 +16,7 @@ struct GemmInt8 {
   static constexpr int kStep = 4;
   static constexpr int kRows = RIFORMER_GEMM_ROWS;
   static constexpr int kVectors = RIFORMER_GEMM_VECTORS;
+  static constexpr int64_t kMostRest = 0;
 
   static Element* at(Element* panel, int64_t k, int64_t token) { return panel + k * kTokens + 4 * token; }
 

@@ -82,6 +82,7 @@ struct GemmBfloat16 : QuadPanel<3 * Vec::kLanes> {
   // One more than the float32 product has: the four `zip` of eight columns of weights are then paid by 48 products and
   // not by 32.
   static constexpr int kVectors = 3;
+  static constexpr int64_t kMostRest = 0;
 
   // A register of sums belongs to two rows and two tokens: (row 0, token 0), (0, 1), (1, 0), (1, 1).
   // Not inlined, for the reason in gemm_neon.h.

@@ -104,8 +104,8 @@ struct Int8Means {
       return;
     }
     const auto m = kernel.memory(base);
-    const Panels cut = panels_of<typename Kernel::Gemm>(tokens_of(kernel.tasks.tiles, tile, tile + 1));
-    const int spans = cut_spans(kernel.tasks.tiles, tile, tile + 1, cut, m.spans);
+    const Panels cut = panels_of<typename Kernel::Gemm>(kernel.tasks.tiles, tile, tile + 1);
+    const int spans = cut_spans(cut, m.spans);
     for (int i = 0; i < spans; ++i) z_of(kernel, m.spans[i], m.y);
     float* sums = tiles + tile * (channels + 1);
     Vec squares = Vec::zero();

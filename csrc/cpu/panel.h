@@ -20,6 +20,8 @@ struct FloatPanel {
 
   static Element* at(Element* panel, int64_t k, int64_t token) { return panel + k * kTokens + token; }
 
+  static Element get(const Element* panel, int64_t k, int64_t token) { return panel[k * kTokens + token]; }
+
   // Writes one vector to row k and one to row k + 1, from `token` on.
   template <class Lanes>
   static void put(Element* panel, int64_t k, int64_t token, Vec a, Vec b, Lanes lanes) {
@@ -42,10 +44,10 @@ struct FloatPanel {
   }
 };
 
-// The panels of a task with `tokens` tokens.
+// The panels of a task, the tiles [first, last), for a product.
 template <class Gemm>
-inline Panels panels_of(int64_t tokens) {
-  return Panels(tokens, Gemm::kTokens, Vec::kLanes);
+inline Panels panels_of(const Tiles& tiles, int64_t first, int64_t last) {
+  return Panels(tiles, first, last, Gemm::kTokens, Vec::kLanes, Gemm::kMostRest);
 }
 
 // The vectors that hold tokens in one panel.
@@ -61,11 +63,13 @@ inline void clear_rows(typename Gemm::Element* panel, int64_t depth, int64_t pad
       Gemm::put(panel, k, token, Vec::zero(), Vec::zero(), AllLanes{});
 }
 
-// Sets to zero what the products read of a task's panels and no span writes: the lanes past the last token, and the
-// rows [depth, padded) of every panel.
+// Sets to zero what the products read of a task's panels and no span writes: the lanes past the last token of the whole
+// panels, and the rows [depth, padded) of every panel.
 template <class Gemm>
 inline void clear_padding(typename Gemm::Element* elements, const Panels& panels, int64_t depth, int64_t padded) {
-  const int64_t last = panels.count - 1;
+  for (int64_t p = 0; p < panels.count; ++p) clear_rows<Gemm>(elements + p * padded * Gemm::kTokens, depth, padded);
+  if (panels.whole == 0) return;
+  const int64_t last = panels.whole - 1;
   const int used = static_cast<int>(panels.length(last)), edge = vectors_in(panels, last) * Vec::kLanes;
   typename Gemm::Element* ragged = elements + last * padded * Gemm::kTokens;
   for (int64_t k = 0; k < depth && used < edge; k += 2)
@@ -73,7 +77,6 @@ inline void clear_padding(typename Gemm::Element* elements, const Panels& panels
       const int n = edge - token < Vec::kLanes ? edge - token : Vec::kLanes;
       Gemm::put(ragged, k, token, Vec::zero(), Vec::zero(), n);
     }
-  for (int64_t p = 0; p < panels.count; ++p) clear_rows<Gemm>(elements + p * padded * Gemm::kTokens, depth, padded);
 }
 
 }  // namespace riformer::RIFORMER_ISA

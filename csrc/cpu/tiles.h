@@ -3,6 +3,8 @@
 //   tile    up to 64 neighbouring positions of one image. Moments are taken per tile.
 //   task    neighbouring whole tiles, also of several images. A thread works on one task at a time.
 //   panel   up to kTokens tokens of a task, laid out for the matrix product (panel.h).
+//   rest    a last tile of an image with so few tokens that a vector of them would be nearly empty (rests.h). The rests
+//           of a task have panels of their own, behind the others.
 //   span    neighbouring positions of one image within one panel: memory without a gap, in each channel.
 #pragma once
 
@@ -28,6 +30,8 @@ struct Tiles {
     const int64_t left = positions - start(tile);
     return left < size ? left : size;
   }
+  // Whether a tile is a rest, with `most` as the most tokens of one.
+  bool is_rest(int64_t tile, int64_t most) const { return length(tile) <= most; }
 };
 
 // The tasks of a batch, of about `wanted` tokens each: they end where tiles end. Where there are tiles enough, the
@@ -53,49 +57,66 @@ struct Tasks {
   }
 };
 
+// The most tokens that a task should take, however narrow the widths are.
+constexpr int64_t kMostTaskTokens = 400;
+
+// Whether the threads should share the channels and not the tokens: with less than a task of tokens for each thread, all
+// of them would read all weights, which takes most of the time at batch 1 (bench/notes/2026-11-21-cpu-batch-1.md).
+inline bool few_tokens(const Tasks& tasks, int64_t threads) {
+  return threads > 1 && tasks.count <= threads && tasks.tiles.batch * tasks.tiles.positions <= kMostTaskTokens;
+}
+
 struct Span {
   int64_t image, position;  // where it starts in the tensor
   int panel, token;         // where it starts in the task: token of the panel
   int length;
 };
 
-// How the tokens of a task are cut into panels of at most `size` tokens. All are full but the last two, which get the
-// same number of vectors, or nearly: a product of a single vector takes two thirds of the time of one of two, as its
-// few sums wait for each other (bench/notes/2026-11-21-cpu-network.md).
+// How the tokens of the tiles [first, last), a task, are cut into panels of at most `size` tokens.
+//
+// The first `whole` panels hold all tokens but the rests. All of them are full but the last two, which get the same
+// number of vectors, or nearly: a product of a single vector takes two thirds of the time of one of two, as its few sums
+// wait for each other (bench/notes/2026-11-21-cpu-network.md). The panels [whole, count) hold the rests.
 struct Panels {
-  int64_t tokens, size, count, shared;  // shared: tokens of the last panel but one
+  const Tiles& tiles;
+  int64_t first, last;
+  int64_t size, most_rest;  // most_rest: the most tokens of a tile that is a rest
+  int64_t tokens = 0, rests = 0;
+  int64_t whole, count;
+  int64_t shared;  // tokens of the panel before the last whole one
 
-  Panels(int64_t tokens_, int64_t size_, int64_t lanes)
-      : tokens(tokens_), size(size_), count((tokens_ + size_ - 1) / size_), shared(size_) {
-    if (count < 2) return;
-    const int64_t vectors = (tokens - (count - 2) * size + lanes - 1) / lanes;
+  Panels(const Tiles& tiles_, int64_t first_, int64_t last_, int64_t size_, int64_t lanes, int64_t most_rest_)
+      : tiles(tiles_), first(first_), last(last_), size(size_), most_rest(most_rest_), shared(size_) {
+    for (int64_t tile = first; tile < last; ++tile)
+      (tiles.is_rest(tile, most_rest) ? rests : tokens) += tiles.length(tile);
+    whole = (tokens + size - 1) / size;
+    count = whole + (rests + size - 1) / size;
+    if (whole < 2) return;
+    const int64_t vectors = (tokens - (whole - 2) * size + lanes - 1) / lanes;
     shared = (vectors + 1) / 2 * lanes;
   }
-  // The first token of a panel; `tokens` behind the last one.
-  int64_t start(int64_t panel) const {
-    if (panel >= count) return tokens;
-    return panel > 0 && panel == count - 1 ? (count - 2) * size + shared : panel * size;
+  bool is_rest(int64_t panel) const { return panel >= whole; }
+  int64_t length(int64_t panel) const {
+    if (is_rest(panel)) return shorter(rests - (panel - whole) * size);
+    return start(panel + 1) - start(panel);
   }
-  int64_t length(int64_t panel) const { return start(panel + 1) - start(panel); }
+
+ private:
+  int64_t shorter(int64_t left) const { return left < size ? left : size; }
+  // The first token of a whole panel; `tokens` behind the last one.
+  int64_t start(int64_t panel) const {
+    if (panel >= whole) return tokens;
+    return panel > 0 && panel == whole - 1 ? (whole - 2) * size + shared : panel * size;
+  }
 };
 
-// The tokens of tiles [first, last).
-inline int64_t tokens_of(const Tiles& tiles, int64_t first, int64_t last) {
-  int64_t tokens = 0;
-  for (int64_t tile = first; tile < last; ++tile) tokens += tiles.length(tile);
-  return tokens;
-}
-
-// Writes the spans of tiles [first, last), whose tokens fill the panels without gaps, to `spans`. Returns how many.
-inline int cut_spans(const Tiles& tiles, int64_t first, int64_t last, const Panels& panels, Span* spans) {
+// Writes the spans of a task to `spans`, in the order of the panels, whose tokens they fill without gaps. Returns how
+// many.
+inline int cut_spans(const Panels& panels, Span* spans) {
+  const Tiles& tiles = panels.tiles;
   int count = 0, panel = 0;
   int64_t token = 0;  // of the panel
-  int64_t tile = first;
-  while (tile < last) {
-    const int64_t image = tiles.image(tile);
-    int64_t position = tiles.start(tile);
-    int64_t left = 0;  // positions of this image
-    for (; tile < last && tiles.image(tile) == image; ++tile) left += tiles.length(tile);
+  const auto add = [&](int64_t image, int64_t position, int64_t left) {
     while (left > 0) {
       if (token == panels.length(panel)) {
         ++panel;
@@ -108,12 +129,35 @@ inline int cut_spans(const Tiles& tiles, int64_t first, int64_t last, const Pane
       token += length;
       left -= length;
     }
+  };
+  for (int64_t tile = panels.first; tile < panels.last;) {
+    const int64_t image = tiles.image(tile), position = tiles.start(tile);
+    int64_t left = 0;  // positions of this image
+    for (; tile < panels.last && tiles.image(tile) == image; ++tile)
+      if (!tiles.is_rest(tile, panels.most_rest)) left += tiles.length(tile);
+    add(image, position, left);
   }
+  if (panels.rests == 0) return count;
+  panel = static_cast<int>(panels.whole);
+  token = 0;
+  for (int64_t tile = panels.first; tile < panels.last; ++tile)
+    if (tiles.is_rest(tile, panels.most_rest)) add(tiles.image(tile), tiles.start(tile), tiles.length(tile));
   return count;
 }
 
+// The most panels of rests that a task has, the most panels and the most spans.
+inline int64_t max_rest_panels(const Tasks& tasks, int panel_tokens, int64_t most_rest) {
+  const Tiles& tiles = tasks.tiles;
+  if (tasks.count == 0 || !tiles.is_rest(tiles.per_image - 1, most_rest)) return 0;
+  const int64_t length = tiles.length(tiles.per_image - 1);
+  const int64_t images = (tasks.tiles_per_task + tiles.per_image - 1) / tiles.per_image + 1;
+  return (images * length + panel_tokens - 1) / panel_tokens;
+}
+inline int64_t max_panels(const Tasks& tasks, int panel_tokens, int64_t most_rest) {
+  return (tasks.max_tokens() + panel_tokens - 1) / panel_tokens + max_rest_panels(tasks, panel_tokens, most_rest);
+}
 inline int64_t max_spans(const Tasks& tasks, int panel_tokens) {
-  return tasks.tiles_per_task + tasks.max_tokens() / panel_tokens + 2;
+  return 2 * tasks.tiles_per_task + tasks.max_tokens() / panel_tokens + 3;
 }
 
 }  // namespace riformer::RIFORMER_ISA
