@@ -215,8 +215,8 @@ struct BlockKernel {
     const Element* z = m.z + panel * depth1 * kTokens;
     Element* hidden = hidden_panel(h0, panel, m);
     for (int64_t row = begin; row < end; row += Gemm::kRows) {
-      if (panel == 0) prefetch_rows(weight, h0 + row + Gemm::kRows, h0 + end, depth1);
-      multiply<Gemm>(vectors, weight.data + (h0 + row) * weight.stride, weight.stride, z, depth1, m.rows, false);
+      multiply<Gemm>(vectors, weight.data + (h0 + row) * weight.stride, weight.stride, z, depth1, m.rows, false,
+                     panel == 0 && row + Gemm::kRows < end);
       next_x.step();
       const float* bias = fc1_bias + h0 + row;
       const int64_t rows = end - row < Gemm::kRows ? end - row : Gemm::kRows;
@@ -251,10 +251,9 @@ struct BlockKernel {
       }
     const int vectors = vectors_in(cut, panel);
     for (int64_t row = begin; row < end; row += Gemm::kRows) {
-      if (panel == 0) prefetch_rows(weight, row + Gemm::kRows, end, fc2.depth(h0));
       if (final) prefetch_x(first, last, row);
       multiply<Gemm>(vectors, weight.data + row * weight.stride, weight.stride, hidden, fc2.padded_depth(h0),
-                     sums + row * kTokens, h0 > 0);
+                     sums + row * kTokens, h0 > 0, panel == 0 && row + Gemm::kRows < end);
       for (int64_t c = row; final && c < row + Gemm::kRows && c < end; ++c)
         finish(first, last, c, sums + c * kTokens, m);
     }

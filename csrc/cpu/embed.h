@@ -225,9 +225,9 @@ struct EmbedKernel {
       }
       const int vectors = vectors_in(cut, p);
       for (int64_t row = row_begin; row < row_end; row += Gemm::kRows) {
-        if (p == 0) prefetch_rows(rows, row + Gemm::kRows, row_end, weights.depth(begin));
         multiply<Gemm>(vectors, rows.data + row * rows.stride, rows.stride, m.panels + p * depth * kTokens,
-                       weights.padded_depth(begin), sums + row * kTokens, begin > 0);
+                       weights.padded_depth(begin), sums + row * kTokens, begin > 0,
+                       p == 0 && row + Gemm::kRows < row_end);
         for (int64_t c = row; final && c < row + Gemm::kRows && c < row_end; ++c)
           finish(first, last, c, sums + c * kTokens);
       }

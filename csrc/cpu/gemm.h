@@ -24,6 +24,7 @@
 #include <cstdint>
 
 #include "panel.h"
+#include "prefetch.h"
 #include "vec_math.h"
 
 namespace riformer::RIFORMER_ISA {
@@ -46,7 +47,9 @@ struct GemmFloat32 : FloatPanel<RIFORMER_GEMM_VECTORS * Vec::kLanes> {
   // of oneDNN's convolution, chains of 64 have less than it (measured).
   static constexpr int64_t kChain = 64;
 
-  template <int kUsed>
+  static constexpr bool kFetches = true;
+
+  template <int kUsed, bool kFetch = false>
   static void run(const Element* weight, int64_t stride, const Element* panel, int64_t depth, float* c,
                   bool accumulate) {
     for (int64_t start = 0; start < depth; start += kChain) {
@@ -55,20 +58,30 @@ struct GemmFloat32 : FloatPanel<RIFORMER_GEMM_VECTORS * Vec::kLanes> {
       Vec acc[kRows][kUsed];
       for (int i = 0; i < kRows; ++i)
         for (int j = 0; j < kUsed; ++j) acc[i][j] = Vec::zero();
-      for (int64_t k = start; k < end; ++k) {
+      const auto add = [&](int64_t k) {
         Vec b[kUsed];
         for (int j = 0; j < kUsed; ++j) b[j] = Vec::load(panel + k * kTokens + j * Vec::kLanes);
         for (int i = 0; i < kRows; ++i) {
           const Vec a = Vec::broadcast(weight[i * stride + k]);
           for (int j = 0; j < kUsed; ++j) acc[i][j] = fma(a, b[j], acc[i][j]);
         }
+      };
+      if constexpr (kFetch) {
+        constexpr int64_t kLine = kCacheLine / sizeof(Element);
+        for (int64_t line = start; line < end; line += kLine) {
+          for (int i = 0; i < kRows; ++i) __builtin_prefetch(weight + (kRows + i) * stride + line);
+          const int64_t stop = line + kLine < end ? line + kLine : end;
+          for (int64_t k = line; k < stop; ++k) add(k);
+        }
+      } else {
+        for (int64_t k = start; k < end; ++k) add(k);
       }
       // The chain is added to those before it.
-      const bool add = accumulate || start > 0;
+      const bool follows = accumulate || start > 0;
       for (int i = 0; i < kRows; ++i)
         for (int j = 0; j < kUsed; ++j) {
           float* to = c + i * kTokens + j * Vec::kLanes;
-          (add ? Vec::load(to) + acc[i][j] : acc[i][j]).store(to);
+          (follows ? Vec::load(to) + acc[i][j] : acc[i][j]).store(to);
         }
     }
   }
@@ -95,16 +108,30 @@ constexpr int64_t task_bytes() {
   return RIFORMER_TASK_BYTES * 4 / static_cast<int64_t>(sizeof(typename Gemm::Element));
 }
 
+// Prefetches kRows rows of weights, `stride` apart.
+template <class Gemm>
+inline void prefetch_rows(const typename Gemm::Element* weight, int64_t stride, int64_t depth) {
+  for (int i = 0; i < Gemm::kRows; ++i)
+    prefetch(weight + i * stride, depth * static_cast<int64_t>(sizeof(typename Gemm::Element)));
+}
+
 // c[kRows][kTokens] = or += kRows rows of weights, `stride` apart, times the panel. Calls the `run` for as many vectors
 // as hold tokens, so that a ragged last panel costs what it holds.
 template <class Gemm, int kUsed = Gemm::kVectors>
 inline void multiply(int vectors, const typename Gemm::Element* weight, int64_t stride,
-                     const typename Gemm::Element* panel, int64_t depth, float* c, bool accumulate) {
+                     const typename Gemm::Element* panel, int64_t depth, float* c, bool accumulate, bool fetch) {
   if constexpr (kUsed > 1) {
     if (vectors < kUsed) {
-      multiply<Gemm, kUsed - 1>(vectors, weight, stride, panel, depth, c, accumulate);
+      multiply<Gemm, kUsed - 1>(vectors, weight, stride, panel, depth, c, accumulate, fetch);
       return;
     }
+  }
+  if (fetch) {
+    if constexpr (Gemm::kFetches) {
+      Gemm::template run<kUsed, true>(weight, stride, panel, depth, c, accumulate);
+      return;
+    }
+    prefetch_rows<Gemm>(weight + Gemm::kRows * stride, stride, depth);
   }
   Gemm::template run<kUsed>(weight, stride, panel, depth, c, accumulate);
 }

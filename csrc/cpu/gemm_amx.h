@@ -16,6 +16,7 @@ struct GemmAmx : PairPanel<2 * Vec::kLanes> {
   static constexpr int kRows = 32;
   static constexpr int kVectors = 2;
   static constexpr int64_t kMostRest = 0;
+  static constexpr bool kFetches = false;
 
   template <int kUsed>
   static void run(const Element* weight, int64_t stride, const Element* panel, int64_t depth, float* c,

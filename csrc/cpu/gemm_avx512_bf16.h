@@ -64,7 +64,9 @@ struct GemmBfloat16 : PairPanel<RIFORMER_GEMM_VECTORS * Vec::kLanes> {
   static constexpr int kRows = RIFORMER_GEMM_ROWS;
   static constexpr int kVectors = RIFORMER_GEMM_VECTORS;
 
-  template <int kUsed>
+  static constexpr bool kFetches = true;
+
+  template <int kUsed, bool kFetch = false>
   static void run(const Element* weight, int64_t stride, const Element* panel, int64_t depth, float* c,
                   bool accumulate) {
     // The sums so far, into registers.
@@ -73,7 +75,7 @@ struct GemmBfloat16 : PairPanel<RIFORMER_GEMM_VECTORS * Vec::kLanes> {
       for (int j = 0; j < kUsed; ++j)
         acc[i][j] = accumulate ? _mm512_loadu_ps(c + i * kTokens + j * Vec::kLanes) : _mm512_setzero_ps();
     // Every pair of k: the panel's vectors stay in registers while the rows' weights are broadcast one by one.
-    for (int64_t k = 0; k < depth; k += 2) {
+    const auto add = [&](int64_t k) {
       __m512bh b[kUsed];
       for (int j = 0; j < kUsed; ++j) b[j] = (__m512bh)_mm512_loadu_si512(panel + k * kTokens + 2 * j * Vec::kLanes);
       for (int i = 0; i < kRows; ++i) {
@@ -82,6 +84,16 @@ struct GemmBfloat16 : PairPanel<RIFORMER_GEMM_VECTORS * Vec::kLanes> {
         const __m512bh a = (__m512bh)_mm512_set1_epi32(pair);
         for (int j = 0; j < kUsed; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], a, b[j]);
       }
+    };
+    if constexpr (kFetch) {
+      constexpr int64_t kLine = kCacheLine / sizeof(Element);
+      for (int64_t line = 0; line < depth; line += kLine) {
+        for (int i = 0; i < kRows; ++i) __builtin_prefetch(weight + (kRows + i) * stride + line);
+        const int64_t stop = line + kLine < depth ? line + kLine : depth;
+        for (int64_t k = line; k < stop; k += 2) add(k);
+      }
+    } else {
+      for (int64_t k = 0; k < depth; k += 2) add(k);
     }
     // The sums, back to memory.
     for (int i = 0; i < kRows; ++i)

@@ -13,6 +13,7 @@
 namespace riformer::RIFORMER_ISA {
 
 struct GemmByElement : GemmFloat32 {
+  static constexpr bool kFetches = false;
   static constexpr int kStep = 4;  // the lanes of a register of weights
 
   // Not inlined, as GCC 12 then finds registers for all sums; so does the flag in instruction_sets.def. Together they

@@ -83,6 +83,7 @@ struct GemmBfloat16 : QuadPanel<3 * Vec::kLanes> {
   // not by 32.
   static constexpr int kVectors = 3;
   static constexpr int64_t kMostRest = 0;
+  static constexpr bool kFetches = false;
 
   // A register of sums belongs to two rows and two tokens: (row 0, token 0), (0, 1), (1, 0), (1, 1).
   // Not inlined, for the reason in gemm_neon.h.

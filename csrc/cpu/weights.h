@@ -7,7 +7,6 @@
 
 #include "lanes.h"
 #include "parameters.h"
-#include "prefetch.h"
 
 namespace riformer::RIFORMER_ISA {
 
@@ -35,14 +34,6 @@ struct WeightRows {
   const typename Gemm::Element* data;
   int64_t stride;
 };
-
-// Prefetches rows [row, row + kRows), which the next call multiplies. Worth its instructions when the weights come from
-// memory, that is for the first panel that they meet: kRows short rows are too many for the hardware to follow.
-template <class Gemm>
-inline void prefetch_rows(const WeightRows<Gemm>& weight, int64_t row, int64_t end, int64_t depth) {
-  const int64_t bytes = depth * static_cast<int64_t>(sizeof(typename Gemm::Element));
-  for (int64_t i = row; i < row + Gemm::kRows && i < end; ++i) prefetch(weight.data + i * weight.stride, bytes);
-}
 
 // A weight matrix, multiplied in chunks of input channels. Where dtype and padding allow it, the product reads the
 // parameter itself, otherwise a converted copy that lives as long as the call.
