@@ -35,9 +35,8 @@ inline BlockChoice choose_block(int64_t channels, int64_t hidden, bool per_posit
   const int64_t element = sizeof(typename Gemm::Element);
   const int64_t fit = 512 / element;  // in the hidden chunk
   const int64_t per_token = channels * (element + 4 + (per_position ? 4 : 0));
-  int64_t tokens = task_bytes<Gemm>() / per_token / Gemm::kTokens * Gemm::kTokens;
-  tokens = tokens < Gemm::kTokens ? Gemm::kTokens : tokens;
-  return {tokens < kMostTaskTokens ? tokens : kMostTaskTokens, hidden < fit ? hidden : fit};
+  const int64_t tokens = task_bytes<Gemm>() / per_token / Gemm::kTokens * Gemm::kTokens;
+  return {task_tokens(tokens), hidden < fit ? hidden : fit};
 }
 
 template <class T, class Gemm>

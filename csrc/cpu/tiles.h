@@ -57,13 +57,19 @@ struct Tasks {
   }
 };
 
-// The most tokens that a task should take, however narrow the widths are.
-constexpr int64_t kMostTaskTokens = 400;
+// The fewest and the most tokens that a task should take, however wide or narrow the widths are. With fewer, reading the
+// weights takes longer than what fits into the caches saves: float32 at C = 512 takes 6 % longer with 96 tokens, at
+// C = 768 37 % longer with 48 (bench/notes/2026-11-22-cpu-rests-and-fetching.md).
+constexpr int64_t kLeastTaskTokens = 240, kMostTaskTokens = 400;
+
+inline int64_t task_tokens(int64_t fit) {
+  return fit < kLeastTaskTokens ? kLeastTaskTokens : (fit < kMostTaskTokens ? fit : kMostTaskTokens);
+}
 
 // Whether the threads should share the channels and not the tokens: with less than a task of tokens for each thread, all
 // of them would read all weights, which takes most of the time at batch 1 (bench/notes/2026-11-21-cpu-batch-1.md).
-inline bool few_tokens(const Tasks& tasks, int64_t threads) {
-  return threads > 1 && tasks.count <= threads && tasks.tiles.batch * tasks.tiles.positions <= kMostTaskTokens;
+inline bool few_tokens(const Tasks& tasks, int64_t threads, int64_t most = kMostTaskTokens) {
+  return threads > 1 && tasks.count <= threads && tasks.tiles.batch * tasks.tiles.positions <= most;
 }
 
 struct Span {
