@@ -11,6 +11,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from riformer_kernels import engine, engine_graphs
+
+PROPERTIES = SimpleNamespace(name="stand-in", major=9, minor=0, multi_processor_count=132, total_memory=1 << 37)
 
 
 class Log:
@@ -167,7 +170,9 @@ class StandIn:
         self.names: dict[str, Any] = {
             "Stream": Stream, "Event": Event, "CUDAGraph": CUDAGraph, "graph": graph, "stream": stream,
             "current_stream": current_stream, "device": device, "graph_pool_handle": object,
-            "synchronize": lambda *_: log.add("synchronize"),
+            "synchronize": lambda *_: log.add("synchronize"), "empty_cache": lambda: None,
+            "memory_allocated": lambda: 0, "max_memory_allocated": lambda: 1 << 20,
+            "reset_peak_memory_stats": lambda: None, "get_device_properties": lambda index: PROPERTIES,
         }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Is a register that an asynchronous matrix product still reads written meanwhile? Asked of the PTX of a kernel.
 
-``wgmma.mma_async`` may take its operand A from registers. Until a ``wgmma.wait_group`` says that the product is done, it
-is undefined what writing one of them does (PTX ISA, "wgmma.mma_async"). Triton 3.6 and 3.7 do it in pipelined loops
+``wgmma.mma_async`` may take its operand A from registers. Until a ``wgmma.wait_group`` says that the product is done,
+writing one of them is undefined (PTX ISA, "wgmma.mma_async"). Triton 3.6 and 3.7 do it in pipelined loops
 (triton-lang/triton issue 9433).
 """
 

@@ -54,12 +54,12 @@ def test_the_time_that_is_said_has_that_of_verification(model, compiling, monkey
     assert found and float(found[1]) >= float(found[2]) >= 0.4, said
 
 
-def test_a_failure_ends_the_line(model, compiling, capsys):
+def test_a_failure_ends_the_line(model, compiling, monkeypatch, capsys):
     def fail(module):
         raise RuntimeError("no")
 
-    with pytest.MonkeyPatch.context() as patcher, pytest.raises(RuntimeError, match="no"):
-        patcher.setattr(verification, "verify", fail)
+    monkeypatch.setattr(verification, "verify", fail)
+    with pytest.raises(RuntimeError, match="no"):
         riformer_kernels.patch(model, backend="reference", image_size=64)
     assert re.search(r"failed after \S+ s\n$", capsys.readouterr().err)
 
