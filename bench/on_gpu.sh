@@ -52,7 +52,8 @@ library() {
     name=$(architecture) || return 1
     [ "$name" = 90 ] && name=90a  # wgmma and the copy engine's instructions are of sm_90a alone
   fi
-  cmake -S . -B build/gpu -G Ninja -DTORCH_ROOT="$torch" -DRIFORMER_CUDA=ON "-DRIFORMER_CUDA_ARCHITECTURES=$name" &&
+  cmake -S . -B build/gpu -G Ninja -DTORCH_ROOT="$torch" -DRIFORMER_CUDA=ON "-DRIFORMER_CUDA_ARCHITECTURES=$name" \
+    -DRIFORMER_NVCC_JOBS=4 &&
     within "${BUILT:-480}" cmake --build build/gpu --target riformer_cuda &&
     cp build/gpu/libriformer_cuda.so riformer_kernels/lib/
 }
