@@ -53,14 +53,14 @@ def run(folder: Path, steps: str, **environment: str) -> subprocess.CompletedPro
 
 
 @pytest.fixture
-def tests(tmp_path: Path) -> str:
+def three(tmp_path: Path) -> str:
     path = tmp_path / "test_three.py"
     path.write_text(TESTS)
     return str(path)
 
 
-def test_when_the_time_is_up_what_failed_is_printed(tmp_path: Path, tests: str) -> None:
-    done = run(tmp_path, "check", TESTS=tests, CHECKED="15")
+def test_when_the_time_is_up_what_failed_is_printed(tmp_path: Path, three: str) -> None:
+    done = run(tmp_path, "check", TESTS=three, CHECKED="15")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "KeyboardInterrupt" in done.stdout and "1 failed, 1 passed" in done.stdout
     assert done.stdout.index("FAILED") < done.stdout.index("KeyboardInterrupt"), "at once, and not in the end alone"
@@ -70,8 +70,8 @@ def test_when_the_time_is_up_what_failed_is_printed(tmp_path: Path, tests: str) 
     assert "== check: exit" in done.stdout and (tmp_path / "results" / "gpu-check.log").stat().st_size
 
 
-def test_without_the_library_the_other_steps_run(tmp_path: Path, tests: str) -> None:
-    done = run(tmp_path, "build check time", TESTS=f"{tests}::test_that_passes", TIMED="5")
+def test_without_the_library_the_other_steps_run(tmp_path: Path, three: str) -> None:
+    done = run(tmp_path, "build check time", TESTS=f"{three}::test_that_passes", TIMED="5")
     assert done.returncode == 1
     assert "no compiler here" in done.stdout and "the CUDA library was not built" in done.stdout
     assert "variants for 90" in done.stdout, "Triton's part does not depend on nvcc's"
