@@ -106,9 +106,12 @@ class Engine:
         if graphs is None or not len(images):
             return self._called(images)
         with self._lock, graphs.on_device:
+            before = self._state
             found = self._run(images)
-            # The GPU is at work now. What it computes counts unless its graph turns out to be of another model.
-            if self._state is None or not self._state.holds():
+            # The GPU is at work now. What it computes counts unless a graph turns out to be of the model before a
+            # change, also where a missing graph was captured after the change and this batch took both.
+            state = self._state
+            if state is None or state is not (before or state) or not state.holds():
                 self._forget()
                 self._check_model()
                 found = self._run(images)
@@ -157,6 +160,7 @@ class Engine:
             return _Slot(self.model, shape, self.device, self.dtype)
         if self._state is not None and not self._state.holds():
             self._forget()
+        self._check_model()
         seen: list[GraphState] = []
         record = lambda: seen.append(GraphState(self.model, *seen[:1]))  # noqa: E731
         slot = GraphSlot(self._graphs, self.model, shape, self.device, self.dtype, record)

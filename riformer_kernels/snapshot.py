@@ -30,7 +30,7 @@ def settings_of(modules: Iterable[nn.Module]) -> tuple[list[dict[str, Any]], lis
         rates = [key for key in _RATES if key in values]
         wanted = [key for key in _SETTINGS if key in values]
         if rates:
-            wanted += ["training", *rates] if values["training"] else ["training"]
+            wanted += ["training", *rates] if values.get("training") else ["training"]
         holders += [values] * len(wanted)
         keys += wanted
     return holders, keys

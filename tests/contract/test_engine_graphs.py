@@ -183,6 +183,24 @@ def test_no_change_leaves_a_stale_graph(model, log, change):
     assert torch.equal(engine(x[:1]), direct(model, x[:1])), "the other batch size as well"
 
 
+def test_a_graph_captured_in_the_middle_of_a_batch_is_not_mixed_with_older_ones(model, log):
+    """The first part of this batch replays a graph from before the change; the second finds none and captures one."""
+    engine, x = Engine(model, (1, 4), SIZE), batch(5)
+    del engine._slots[1, None]
+    model.scale = 3.0
+    assert close(engine(x), direct(model, x))
+
+
+def test_a_model_that_was_moved_is_not_captured(model, log):
+    engine = Engine(model, (1, 4), SIZE)
+    engine._slots.clear()
+    model.to(torch.bfloat16)
+    made = captures(log)
+    with pytest.raises(InputError, match="this engine was built for"):
+        engine(batch(1))
+    assert captures(log) == made
+
+
 def test_a_change_in_place_needs_no_new_graph(model, log):
     engine, x = Engine(model, (2,), SIZE), batch(2)
     before = engine(x)
