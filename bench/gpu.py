@@ -5,233 +5,142 @@
     python bench/gpu.py --backend cuda        # one of ours alone; the default is all that are usable
 
 First come the machine's two ceilings: copy bandwidth and bf16 matrix rate. Then, for each arch and batch, the numbers
-are checked by the error-ratio rule (a failure stops everything), and the times are taken. Peers: eager in two layouts,
-and torch.compile max-autotune of the model and of its `F.linear` form, each also as a CUDA graph. Everything that is
-compared takes turns in one process, timed by device events. A batch of 1 replays with weights in the L2 cache, for all
-peers alike. What did not fit in the time is listed as not measured.
+are checked by the error-ratio rule (a backend that fails is not timed), and the times are taken. Who is compared is
+said in `gpu_peers.py`. All take turns in one process, timed by device events; batch 1 also by the wall clock, call by
+call. It replays with weights in the L2 cache, for all alike. Each row is written when it is measured. What failed or
+did not fit into the time is a row with the reason, and ends nothing but itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import gc
 import json
 import platform
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import gpu_timing
 import torch
 from gpu_kernels import fused_by, kernel_times, moved_bytes, profiled_times
-from peers_torch import quiet
+from gpu_peers import OURS, ours, patched, peers
+from gpu_timing import Clock, ceilings, interleaved, latencies, peak_bytes
 from riformer.count import count_macs
-from subject import LAYOUTS, random_images, random_model
-from token_form import TokenForm
-from torch import Tensor
+from subject import random_images, random_model
 from worker import describe
 
 import riformer_kernels
 from riformer_kernels import backends, numerics
-from riformer_kernels.timing import Samples, ratio, rotate
+from riformer_kernels.precision import convolutions_like_products
+from riformer_kernels.timing import ratio
 
-ARCHS = ("s12", "m36", "s24", "s36", "m48")  # in the order of interest: the two widths first
+ARCHS = ("s12", "m48", "m36", "s24", "s36")  # in the order of interest: the two widths first
 BATCHES = (256, 1, 64, 1024)
-COPY_BYTES = 2 << 30
-SIDE = 8192
-SAMPLE_SECONDS = 0.02
-ROUNDS = 9
 CHECKED = 16
-OURS = "ours"  # and the backend
 BACKENDS = ("triton", "cuda")
-NCHW, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
-
-
-class Clock:
-    """What is left of the time for the whole command."""
-
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
-
-    def left(self) -> float:
-        return self.end - time.monotonic()
+LEAST_SECONDS = 20.0  # for a case without compiled peers
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ timing
+class Results:
+    """The rows of a run. Each is in the file as soon as it is there, whatever comes after."""
 
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
 
-def timed(call: Callable[[], object], calls: int) -> float:
-    """Seconds per call, by device events around ``calls`` of them."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(calls):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
-
-
-def interleaved(functions: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, Samples]:
-    """`rotate` by the device's clock: each sample is of as many calls as take ``SAMPLE_SECONDS``."""
-    samplers = {name: functools.partial(timed, function) for name, function in functions.items()}
-    return rotate(samplers, 0.0, min_rounds=rounds, warmup=3, shortest=SAMPLE_SECONDS)
-
-
-def graph_of(call: Callable[[], object]) -> Callable[[], object]:
-    """``call`` as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
-
-    def replay() -> object:
-        graph.replay()
-        return kept
-
-    return replay
-
-
-def ceilings() -> dict[str, float]:
-    """Copy bandwidth (bytes read and written) and the rate of an 8192^3 bf16 product of random values."""
-    source = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    a, b = (torch.randn(SIDE, SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = interleaved({"copy": lambda: target.copy_(source), "matrix": lambda: a @ b})
-    median = {name: samples.median for name, samples in times.items()}
-    return {"gbyte_per_s": 2 * COPY_BYTES / median["copy"] / 1e9, "tflop_per_s": 2 * SIDE**3 / median["matrix"] / 1e12}
-
-
-# ------------------------------------------------------------------------------------------------------------- peers
-
-
-def contenders(
-    model: torch.nn.Module, x: Tensor, ours: dict[str, torch.nn.Module], compiled: bool, clock: Clock
-) -> Iterator[tuple[str, Any, str]]:
-    """(name, call on ``x``, reason why there is none); ``ours``: the patched models by name."""
-    laid_out = {"NCHW": x, "channels_last": x.contiguous(memory_format=CHANNELS_LAST)}
-    for name, patched in ours.items():
-        yield name, lambda patched=patched: patched(laid_out["NCHW"]), ""
-    for layout, images in laid_out.items():
-        twin = copy.deepcopy(model).to(memory_format=LAYOUTS[layout])
-        yield f"eager {layout}", lambda twin=twin, images=images: twin(images), ""
-    if not compiled:
-        return
-    for name, form in (("compile", model), ("compile F.linear", TokenForm(copy.deepcopy(model)).eval())):
-        for layout in ("channels_last", "NCHW"):
-            if clock.left() < 150:
-                yield f"{name} {layout}", None, "no time left to compile it"
-                continue
-            try:
-                # Not under its own graph mode: every contender gets the same graph, below.
-                twin = torch.compile(
-                    copy.deepcopy(form).to(memory_format=LAYOUTS[layout]), mode="max-autotune-no-cudagraphs",
-                    dynamic=False, fullgraph=True,
-                )  # fmt: skip
-                images = laid_out[layout]
-                with torch._inductor.config.patch(freezing=True), quiet():
-                    twin(images)
-                yield f"{name} {layout}", lambda twin=twin, images=images: twin(images), ""
-            except Exception as error:
-                yield f"{name} {layout}", None, describe(error)
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def checked(model: torch.nn.Module, call_on: torch.nn.Module, size: int, dtype: torch.dtype) -> numerics.ErrorRatios:
     """The error-ratio rule on 16 images, against float64 and eager PyTorch on this GPU."""
-    x = random_images(CHECKED, size, dtype, seed=2).cuda()
-    golden = copy.deepcopy(model).double()(x.double())
-    ratios = numerics.compare(call_on(x), model(x), golden, dtype)
+    x = random_images(CHECKED, size, dtype, seed=2).to(gpu_timing.DEVICE)
+    with convolutions_like_products(x.device):
+        eager = model(x)
+    ratios = numerics.compare(call_on(x), eager, copy.deepcopy(model).double()(x.double()), dtype)
     if not ratios.passed:
-        raise SystemExit(f"not timed, the numbers are off: {', '.join(ratios.exceeded)}")
+        raise ValueError(f"not timed, the numbers are off: {', '.join(ratios.exceeded)}")
     return ratios
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Extra peak memory of one call."""
-    call()
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    kept = call()
-    torch.cuda.synchronize()
-    del kept
-    return torch.cuda.max_memory_allocated() - before
-
-
-# ------------------------------------------------------------------------------------------------------------ a case
 
 
 def measure(
     arch: str, batch: int, size: int, dtype: torch.dtype, top: dict[str, float], compiled: bool, clock: Clock,
-    chosen: tuple[str, ...],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of one arch and batch, ours first."""
-    model = random_model(arch, dtype).cuda()
-    x = random_images(batch, size, dtype).cuda()
-    calls: dict[str, Callable[[], object]] = {}
-    missing: dict[str, str] = {}
-    ours = {f"{OURS} {backend}": _patched(model, size, backend) for backend in chosen}
-    ratios = {name: checked(model, patched, size, dtype) for name, patched in ours.items()}
-    for name, call, reason in contenders(model, x, ours, compiled, clock):
-        say(f"{arch} batch {batch}: {name} {reason}")
-        if call is None:
-            missing[name] = reason
-            continue
-        calls[name] = call
+    chosen: tuple[str, ...], add: Callable[[dict[str, Any]], None],
+) -> None:  # fmt: skip
+    """Add the rows of one arch and batch, ours first."""
+    common = {"kind": "gpu", "arch": arch, "batch": batch, "size": size, "dtype": str(dtype).removeprefix("torch.")}
+    model = random_model(arch, dtype).to(gpu_timing.DEVICE)
+    x = random_images(batch, size, dtype).to(gpu_timing.DEVICE)
+    mine: dict[str, torch.nn.Module] = {}
+    errors: dict[str, numerics.ErrorRatios] = {}
+    for backend in chosen:
+        name = f"{OURS} {backend}"
         try:
-            calls[f"{name} + graph"] = graph_of(call)
+            twin = patched(model, size, backend)
+            errors[name] = checked(model, twin, size, dtype)
+            mine[name] = twin
         except Exception as error:
-            missing[f"{name} + graph"] = describe(error)
+            add({**common, "peer": name, "reason": describe(error)})
+            say(f"{arch} batch {batch}: {name}: {describe(error)}")
+    calls: dict[str, Callable[[], object]] = {}
+    for contenders in (ours(mine, x, size), peers(model, x, compiled, clock)):
+        for name, call, reason in contenders:
+            say(f"{arch} batch {batch}: {name} {reason}")
+            if call is None:
+                add({**common, "peer": name, "reason": reason})
+            else:
+                calls[name] = call
     times = interleaved(calls)
     median = {name: samples.median for name, samples in times.items()}
+    strongest = min((name for name in median if not name.startswith(OURS)), key=lambda name: median[name])
     flop = 2 * count_macs(arch, size, count="products")
-    moved = {f"{OURS} {backend}": moved_bytes(arch, size, dtype, fused_by(backend, batch, dtype)) for backend in chosen}
-    memory = {name: peak_bytes(calls[name]) for name in (*ours, "eager NCHW")}
-    common = {"kind": "gpu", "arch": arch, "batch": batch, "size": size, "dtype": str(dtype).removeprefix("torch.")}
-    rows = []
-    for name in [*calls, *missing]:
-        row = {**common, "peer": name, "reason": missing.get(name)}
-        if name in times:
-            strongest = min((n for n in median if not n.startswith(OURS)), key=median.get)
-            row |= {
-                "ms": 1e3 * median[name], "ms_p20": 1e3 * times[name].p20, "ms_p80": 1e3 * times[name].p80,
-                "images_per_s": batch / median[name],
-                "strongest": strongest, "over_strongest": ratio(times[name], times[strongest]).median,
-                "tflop_per_s": batch * flop / median[name] / 1e12,
-                "of_matrix_rate": batch * flop / median[name] / 1e12 / top["tflop_per_s"],
-            }  # fmt: skip
-            if (mine := name.removesuffix(" + graph")) in ours:
-                row["gbyte_per_s"] = batch * moved[mine] / median[name] / 1e9
-                row["rms_error_over_eager"] = ratios[mine].rms
-        row["extra_memory_bytes"] = memory.get(name)
-        if name in ours:
-            row["memory_over_eager"] = memory[name] / memory["eager NCHW"]
-            row["kernels"] = (kernel_times if name.endswith("triton") else profiled_times)(ours[name], x)
-        rows.append(row)
-    torch._dynamo.reset()
-    return rows
+    for name, samples in times.items():
+        row = {
+            **common, "peer": name, "reason": None, "ms": 1e3 * samples.median, "ms_p20": 1e3 * samples.p20,
+            "ms_p80": 1e3 * samples.p80, "images_per_s": batch / samples.median, "strongest": strongest,
+            "over_strongest": ratio(samples, times[strongest]).median,
+            "tflop_per_s": batch * flop / samples.median / 1e12,
+            "of_matrix_rate": batch * flop / samples.median / 1e12 / top["tflop_per_s"],
+        }  # fmt: skip
+        if batch == 1:
+            row |= latencies(calls[name])
+        backend_of = next((own for own in mine if name.startswith(own)), None)
+        if backend_of is not None:
+            moved = moved_bytes(arch, size, dtype, fused_by(backend_of.removeprefix(f"{OURS} "), batch, dtype))
+            row["gbyte_per_s"] = batch * moved / samples.median / 1e9
+            row["rms_error_over_eager"] = errors[backend_of].rms
+        add(row)
+    if "eager NCHW" in calls:
+        eager = peak_bytes(calls["eager NCHW"])
+        for name in mine:
+            extra = peak_bytes(calls[name]) if name in calls else None
+            add({**common, "kind": "memory", "peer": name, "extra_memory_bytes": extra,
+                 "memory_over_eager": extra / eager if extra is not None and eager else None})  # fmt: skip
+    for name, twin in mine.items():
+        for kernel in _kernels(name, twin, x):
+            add({**common, "kind": "kernel", "peer": name, **kernel})
 
 
-def _patched(model: torch.nn.Module, size: int, backend: str) -> torch.nn.Module:
-    twin = copy.deepcopy(model)
-    riformer_kernels.patch(twin, verify=False, image_size=size, backend=backend)
-    return twin
+def _kernels(name: str, model: torch.nn.Module, x: torch.Tensor) -> list[dict[str, Any]]:
+    """The times of single kernels; none where the profiler does not work."""
+    try:
+        return (kernel_times if name.endswith("triton") else profiled_times)(model, x)
+    except Exception as error:
+        say(f"{name}: no times of single kernels: {describe(error)}")
+        return []
 
 
 def _version(package: str) -> str | None:
@@ -256,19 +165,17 @@ def machine() -> dict[str, Any]:
 
 def shown(rows: list[dict[str, Any]]) -> list[str]:
     """The table that is printed."""
-    header = ("arch", "batch", "peer", "ms", "images/s", "x strongest", "of matrix rate", "GB/s", "memory")
+    header = ("arch", "batch", "peer", "ms", "images/s", "x strongest", "of matrix rate", "GB/s", "p50/p99 ms")
     texts = [header]
     for row in rows:
+        name = row["arch"], str(row["batch"]), row["peer"]
         if row.get("ms") is None:
-            texts.append((row["arch"], str(row["batch"]), row["peer"], "-", "-", "-", "-", "-", row["reason"] or ""))
+            texts.append((*name, *["-"] * 5, row["reason"] or ""))
             continue
-        memory = row.get("memory_over_eager")
         texts.append((
-            row["arch"], str(row["batch"]), row["peer"], f"{row['ms']:.3f}", f"{row['images_per_s']:,.0f}",
-            f"{row['over_strongest']:.2f}", f"{100 * row['of_matrix_rate']:.1f} %",
-            f"{row['gbyte_per_s']:.0f}" if row.get("gbyte_per_s") else "-",
-            f"{memory:.2f}x eager" if memory else f"{row['extra_memory_bytes'] / 2**20:.0f} MiB"
-            if row.get("extra_memory_bytes") else "-",
+            *name, f"{row['ms']:.3f}", f"{row['images_per_s']:,.0f}", f"{row['over_strongest']:.2f}",
+            f"{100 * row['of_matrix_rate']:.1f} %", f"{row['gbyte_per_s']:.0f}" if row.get("gbyte_per_s") else "-",
+            f"{row['latency_ms_p50']:.3f}/{row['latency_ms_p99']:.3f}" if row.get("latency_ms_p50") else "-",
         ))  # fmt: skip
     widths = [max(len(text[i]) for text in texts) for i in range(len(header))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(text, widths, strict=True)).rstrip() for text in texts]
@@ -289,6 +196,16 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def cases(archs: tuple[str, ...], batches: tuple[int, ...], compiles: bool) -> list[tuple[str, int, bool]]:
+    """(arch, batch, with compiled peers), in order: first everything without torch.compile, which takes minutes for
+    each case, then again with it where the targets are."""
+    plain = [(arch, batch, False) for arch in archs for batch in batches]
+    first = [(arch, batch, False) for arch, batch, _ in plain if arch in archs[:2] and batch in batches[:2]]
+    late = [case for case in plain if case not in first]
+    compiled = [("s12", batch, True) for batch in (256, 1) if compiles and "s12" in archs and batch in batches]
+    return first + compiled + late
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = arguments_of(argv)
     reasons = {name: backends.ALL[name].unusable() for name in arguments.backend}
@@ -300,34 +217,37 @@ def main(argv: list[str] | None = None) -> int:
     for name, reason in reasons.items():
         if reason:
             say(f"not measured, backend {name}: {reason}")
-    clock, rows = Clock(arguments.seconds), [machine()]
+    clock, results, failed = Clock(arguments.seconds), Results(arguments.output), 0
+    results.add(machine())
+    dtype = getattr(torch, arguments.dtype)
+    torch.backends.cudnn.benchmark = True  # the convolutions of the peers get the algorithm that is fastest here
     with torch.inference_mode():
         top = ceilings()
-        rows.append({"kind": "ceiling", **top})
-        print(f"{rows[0]['gpu']}: copy {top['gbyte_per_s']:.0f} GB/s, bf16 product {top['tflop_per_s']:.0f} TFLOP/s")
-        for arch in arguments.arch:
-            for batch in arguments.batch:
-                if clock.left() < 30:
-                    rows.append({"kind": "gpu", "arch": arch, "batch": batch, "peer": "all", "reason": "no time left"})
-                    continue
-                # torch.compile of every size would take an hour; it competes where the targets are.
-                compiled = not arguments.no_compile and arch == "s12" and batch in (256, 1)
-                try:
-                    dtype = getattr(torch, arguments.dtype)
-                    rows += measure(arch, batch, arguments.size, dtype, top, compiled, clock, chosen)
-                except torch.OutOfMemoryError as error:
-                    rows.append({"kind": "gpu", "arch": arch, "batch": batch, "peer": "all", "reason": describe(error)})
-                gc.collect()
-                torch.cuda.empty_cache()
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    measured = [row for row in rows if row["kind"] == "gpu"]
-    for row in measured:
-        for kernel in row.get("kernels", ()):
-            width = f" C={kernel['C']}" if "C" in kernel else ""
-            print(f"{row['arch']} batch {row['batch']}  {kernel['kernel']}{width}: {kernel['us']:.1f} us")
-    print("\n".join(shown(measured)))
-    return 0
+        results.add({"kind": "ceiling", **top})
+        gpu = results.rows[0]["gpu"]
+        print(f"{gpu}: copy {top['gbyte_per_s']:.0f} GB/s, bf16 product {top['tflop_per_s']:.0f} TFLOP/s", flush=True)
+        for arch, batch, compiled in cases(tuple(arguments.arch), tuple(arguments.batch), not arguments.no_compile):
+            every = {"kind": "gpu", "arch": arch, "batch": batch, "peer": "all"}
+            if clock.left() < LEAST_SECONDS:
+                results.add({**every, "reason": "no time left"})
+                continue
+            before = len(results.rows)
+            try:
+                measure(arch, batch, arguments.size, dtype, top, compiled, clock, chosen, results.add)
+            except Exception as error:
+                failed += 1
+                say(f"{arch} batch {batch}: {describe(error)}")
+                results.add({**every, "reason": describe(error)})
+            new = [row for row in results.rows[before:] if row["kind"] == "gpu"]
+            print("\n".join(shown(new)), flush=True)
+            torch._dynamo.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
+    for row in results.rows:
+        if row["kind"] == "kernel":
+            width = f" C={row['C']}" if "C" in row else ""
+            print(f"{row['arch']} batch {row['batch']} {row['peer']}  {row['kernel']}{width}: {row['us']:.1f} us")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from .engine_graphs import Graphs, GraphSlot, uses_graphs
 from .errors import InputError, MemoryLimitError
 from .fused import FusedBackbone
-from .modules import STATE
+from .graph_state import GraphState
 from .patching import patch
 
 BATCH_SIZES = (1, 8, 64, 256)
 IMAGE_SIZE = 224
-_WARM_UP_CALLS = 2
 
 
 class Engine:
@@ -29,8 +31,10 @@ class Engine:
     graph over static buffers, which is replayed; images from the CPU go through pinned memory. On a CPU the model is
     called with the padded batch. Any number of threads may call one engine; they take turns.
 
-    Parameters may change: in-place changes are seen by the graphs, and where a parameter has been replaced, or a hook
-    added, the graph is captured anew by the next call.
+    Parameters may change: in-place changes are seen by the graphs. Where a parameter, a module, a hook or an attribute
+    has been replaced, or autocast is another, the next call captures the graph anew. That is compared while the GPU is
+    at work (``graph_state``): a graph is replayed first, and once more if it turns out to be out of date. Hooks
+    that are there run while a graph is captured, and not when it is replayed.
 
     Args:
         model: a classifier or backbone that contains a RIFormer, on its device and in evaluation mode. It is patched
@@ -62,13 +66,19 @@ class Engine:
         self._backbones = [module for module in model.modules() if isinstance(module, FusedBackbone)]
         lead = self._backbones[0].patch_embed.proj.weight
         self.device, self.dtype = lead.device, lead.dtype
-        self._modules: list[nn.Module] = []
-        self._graphs = _Graphs(self.device) if self.device.type == "cuda" else None
+        self._shape = torch.Size((channels, *self.image_size))
+        self._kind = self.device.type
+        self._devices = (torch.device("cpu"), self.device)
         self._lock = threading.Lock()
-        self._slots: dict[int, _Slot] = {}
-        with self._lock:
+        self._graphs = Graphs(self.device) if uses_graphs(self.device) else None
+        self._slots: dict[tuple[int, Any], Any] = {}
+        self._state: GraphState | None = None
+        if self._graphs is not None:
+            # Memory that is freed while a replay uses it could be handed out again.
+            weakref.finalize(self, self._graphs.wait).atexit = False
+        with self._lock, self._graphs.on_device if self._graphs else contextlib.nullcontext():
             for size in reversed(self.batch_sizes):  # the largest first: the others reuse its memory
-                self._slot(size)
+                self._slot(size, self._autocast())
 
     def __repr__(self) -> str:
         height, width = self.image_size
@@ -90,47 +100,105 @@ class Engine:
             MemoryLimitError: out of memory.
         """
         self._check(images)
+        if images.requires_grad:
+            images = images.detach()
+        graphs = self._graphs
+        if graphs is None or not len(images):
+            return self._called(images)
+        with self._lock, graphs.on_device:
+            before = self._state
+            found = self._run(images)
+            # The GPU is at work now. What it computes counts unless a graph turns out to be of the model before a
+            # change, also where a missing graph was captured after the change and this batch took both.
+            state = self._state
+            if state is None or state is not (before or state) or not state.holds():
+                self._forget()
+                self._check_model()
+                found = self._run(images)
+        return found if images.device == self.device else _moved(found, images.device)
+
+    def _called(self, images: torch.Tensor) -> Any:
+        """The same by calls of the model."""
         with self._lock, torch.no_grad():
             self._check_model()
             if not len(images):
-                return self._guarded(0, lambda: self.model(images.to(self.device, self.dtype)))
-            largest = self.batch_sizes[-1]
-            parts = [self._run(part) for part in images.split(largest)]
-        return parts[0] if len(parts) == 1 else _joined(parts)
+                empty = images.to(self.device, self.dtype)
+                return _moved(self._guarded(0, lambda: self.model(empty)), images.device)
+            return self._run(images)
 
     def _run(self, images: torch.Tensor) -> Any:
-        count = len(images)
-        slot = self._slot(next(size for size in self.batch_sizes if size >= count))
-        return self._guarded(slot.size, lambda: slot.run(images))
+        sizes, count = self.batch_sizes, len(images)
+        if count > sizes[-1]:
+            return _joined([self._run(part) for part in images.split(sizes[-1])])
+        key = sizes[bisect.bisect_left(sizes, count)], self._autocast()
+        slot = self._slots.get(key) or self._slot(*key)
+        try:
+            return slot.run(images)
+        except RuntimeError as error:
+            if _out_of_memory(error):
+                raise self._too_large(slot.size, error) from error
+            raise
 
-    def _slot(self, size: int) -> _Slot:
-        """The buffers of a batch size, made when they are missing or what they captured no longer holds."""
-        graphs = self._graphs
-        slot = self._slots.get(size)
-        if slot is None or (graphs and slot.fingerprint != _fingerprint(self._modules)):
-            self._slots.pop(size, None)
-            self._modules = list(self.model.modules()) if graphs else []
-            fingerprint = _fingerprint(self._modules)
-            images = (self.model, (size, self.channels, *self.image_size), self.device, self.dtype, fingerprint)
-            with torch.no_grad():
-                slot = self._guarded(size, lambda: _GraphSlot(graphs, *images) if graphs else _Slot(*images))
-            self._slots[size] = slot
+    def _autocast(self) -> Any:
+        """The dtype of autocast, None where it is off: a graph keeps the casts that were captured."""
+        on = self._graphs is not None and torch.is_autocast_enabled(self._kind)
+        return torch.get_autocast_dtype(self._kind) if on else None
+
+    def _slot(self, size: int, autocast: Any) -> Any:
+        """The buffers of a batch size, made when they are missing. All graphs are of the model in one state."""
+        slot = self._slots.get((size, autocast))
+        if slot is None:
+            shape = (size, self.channels, *self.image_size)
+            # Buffers made in inference mode could not be written outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                slot = self._guarded(size, lambda: self._made(shape))
+            self._slots[size, autocast] = slot
         return slot
+
+    def _made(self, shape: tuple[int, ...]) -> Any:
+        if self._graphs is None:
+            return _Slot(self.model, shape, self.device, self.dtype)
+        if self._state is not None and not self._state.holds():
+            self._forget()
+        self._check_model()
+        seen: list[GraphState] = []
+        record = lambda: seen.append(GraphState(self.model, *seen[:1]))  # noqa: E731
+        slot = GraphSlot(self._graphs, self.model, shape, self.device, self.dtype, record)
+        if self._state is None:
+            self._state = seen[1]
+        return slot
+
+    def _forget(self) -> None:
+        """Drop every graph, when the GPU has done with them."""
+        assert self._graphs is not None
+        self._graphs.wait()
+        self._slots.clear()
+        self._state = None
 
     def _guarded(self, size: int, call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            height, width = self.image_size
-            raise MemoryLimitError(
-                f"out of memory on {self.device} at batch {size}, {height} x {width} pixels, {self.dtype}: {error}. "
-                "Use smaller batch_sizes: larger batches are split"
-            ) from error
+        except RuntimeError as error:
+            if _out_of_memory(error):
+                raise self._too_large(size, error) from error
+            raise
+
+    def _too_large(self, size: int, error: RuntimeError) -> MemoryLimitError:
+        height, width = self.image_size
+        return MemoryLimitError(
+            f"out of memory on {self.device} at batch {size}, {height} x {width} pixels, {self.dtype}: {error}. "
+            "Use smaller batch_sizes: larger batches are split"
+        )
 
     def _check(self, images: torch.Tensor) -> None:
         height, width = self.image_size
+        if (
+            isinstance(images, torch.Tensor)
+            and images.shape[1:] == self._shape
+            and images.is_floating_point()
+            and images.device in self._devices
+        ):
+            return
         want = f"images [B, {self.channels}, {height}, {width}]"
         if not isinstance(images, torch.Tensor):
             raise InputError(f"expected {want} as a torch.Tensor, found {type(images).__name__}")
@@ -167,79 +235,26 @@ class Engine:
 class _Slot:
     """The static input of one batch size, and the model called with it."""
 
-    def __init__(
-        self, model: nn.Module, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, fingerprint: tuple
-    ) -> None:
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
         self.model = model
         self.size = shape[0]
-        self.fingerprint = fingerprint
         self.images = torch.zeros(shape, dtype=dtype, device=device)
 
     def run(self, images: torch.Tensor) -> Any:
-        self.images[: len(images)].copy_(images)
-        return _first(self.model(self.images), len(images), images.device, self.size)
+        count = len(images)
+        self.images[:count].copy_(images)
+        found = self.model(self.images)
+        if count < self.size:  # copies, so that the padding is let go of
+            found = tree_map(lambda value: value[:count].clone(), found)
+        return _moved(found, images.device)
 
 
-class _Graphs:
-    """What the graphs of one engine share: a stream, so that their replays follow each other, and therefore memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        with torch.cuda.device(device):
-            self.stream = torch.cuda.Stream()
-            self.pool = torch.cuda.graph_pool_handle()
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-class _GraphSlot(_Slot):
-    """The same as a CUDA graph, with a pinned buffer for images from the CPU."""
-
-    def __init__(
-        self,
-        graphs: _Graphs,
-        model: nn.Module,
-        shape: tuple[int, ...],
-        device: torch.device,
-        dtype: torch.dtype,
-        fingerprint: tuple,
-    ) -> None:
-        super().__init__(model, shape, device, dtype, fingerprint)
-        self.stream = graphs.stream
-        self.staging = torch.empty(shape, dtype=dtype, pin_memory=True)
-        self.staged = torch.cuda.Event()
-        with torch.cuda.device(device):
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                # Compiles what patch() has not, and lets lazily made handles be made outside of the capture.
-                for _ in range(_WARM_UP_CALLS):
-                    model(self.images)
-            self.stream.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=graphs.pool, stream=self.stream):
-                self.outputs = model(self.images)
-
-    def run(self, images: torch.Tensor) -> Any:
-        count, caller = len(images), torch.cuda.current_stream(self.images.device)
-        with torch.cuda.device(self.images.device):
-            self.stream.wait_stream(caller)
-            with torch.cuda.stream(self.stream):
-                if images.device.type == "cpu":
-                    self.staged.synchronize()  # the last copy out of the pinned buffer has to be done
-                    self.staging[:count].copy_(images)
-                    self.images[:count].copy_(self.staging[:count], non_blocking=True)
-                    self.staged.record()
-                else:
-                    self.images[:count].copy_(images)
-                    images.record_stream(self.stream)
-                self.graph.replay()
-                # A copy: the next replay overwrites the static outputs.
-                found = tree_map(lambda value: value[:count].clone(), self.outputs)
-            caller.wait_stream(self.stream)
-            tree_map(lambda value: value.record_stream(caller), found)
-            return tree_map(lambda value: value.to(images.device), found)
-
-
-def _first(outputs: Any, count: int, device: torch.device, size: int) -> Any:
-    """The first ``count`` of a result's images; a copy where there are more, so that the padding is let go of."""
-    return tree_map(lambda value: (value if count == size else value[:count].clone()).to(device), outputs)
+def _moved(found: Any, device: torch.device) -> Any:
+    return tree_map(lambda value: value.to(device) if isinstance(value, torch.Tensor) else value, found)
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -247,20 +262,6 @@ def _joined(parts: list[Any]) -> Any:
     return tree_unflatten(
         [torch.cat(values) for values in zip(*(leaves for leaves, _ in flat), strict=True)], flat[0][1]
     )
-
-
-def _fingerprint(modules: list[nn.Module]) -> tuple:
-    """What a captured graph depends on besides values. A graph is captured anew when any of it has changed.
-
-    That is where the parameters lie, which submodules there are, and the programs of the backbones. Every call asks, so
-    it is taken from a list of modules rather than from the tree.
-    """
-    children = tuple(chain.from_iterable(module._modules.values() for module in modules))
-    tensors = chain.from_iterable(chain(module._parameters.values(), module._buffers.values()) for module in modules)
-    programs = tuple(
-        module.__dict__[STATE].program_for(module) for module in modules if isinstance(module, FusedBackbone)
-    )
-    return programs, children, tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
 
 
 def _checked_batch_sizes(sizes: Sequence[int]) -> tuple[int, ...]:

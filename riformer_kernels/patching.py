@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from dataclasses import asdict, dataclass
@@ -270,11 +271,12 @@ def patch(
             _check_complete(plans, strict)
             for name, backbone in backbones:
                 state = _state(backbone)
-                if backbone in own:
+                new = backbone in own
+                if new:
                     state.expected = frozenset(plans[name].reasons())
-                    warmup.compile_kernels(backbone, state, image_size)
-                if verify and (state.verification is None or backbone in own):
-                    state.verification = _verified(name, backbone)
+                with warmup.compiling(backbone, state, image_size) if new else contextlib.nullcontext():
+                    if verify and (state.verification is None or new):
+                        state.verification = _verified(name, backbone)
         except BaseException:
             for module in own:
                 release(module)

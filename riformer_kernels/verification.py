@@ -32,6 +32,7 @@ from .modules import STATE, Backbone, original_class
 from .ops.block import BlockParameters
 from .patch_state import PatchState
 from .plan import BackbonePlan, BlockPlan, StagePlan
+from .precision import convolutions_like_products
 from .program import Program
 from .twin import in_dtype
 
@@ -135,7 +136,9 @@ def verify(module: nn.Module) -> Verification:
     dtype = state.compute_dtype or lead.dtype
     shape = (BATCH, program.plan.stem.in_channels or lead.shape[1], *_image_size(program.plan))
     off = torch.autocast(lead.device.type, enabled=False)
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), off:
+    # By default eager's convolutions use TF32 on a GPU. Its error is no yardstick for float32 products.
+    alike = convolutions_like_products(lead.device)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), off, alike:
         note = _random_parts(program)
         network = () if note else _network(backbone, program, state, dtype, shape)
         branches = tuple(_branches(backbone, program, state.backend_for(lead.device, dtype), dtype))

@@ -1,7 +1,10 @@
-"""`bench/gpu.py` as far as it goes without a GPU: it says that there is none, and its arithmetic is right."""
+"""`bench/gpu.py` as far as it goes without a GPU: it says that there is none, and its arithmetic is right. With a
+stand-in for `torch.cuda` it is tried end to end in `test_bench_gpu_run.py`."""
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -51,16 +54,43 @@ def test_the_table_shows_what_was_not_measured(gpu: ModuleType) -> None:
     row = {"arch": "s12", "batch": 1, "peer": "compile NCHW", "reason": "no time left to compile it"}
     timed = {
         "arch": "s12", "batch": 256, "peer": "ours", "ms": 3.5, "images_per_s": 73142.9, "over_strongest": 1.5,
-        "of_matrix_rate": 0.34, "gbyte_per_s": 1234.0, "memory_over_eager": 0.2, "extra_memory_bytes": 1,
+        "of_matrix_rate": 0.34, "gbyte_per_s": 1234.0, "latency_ms_p50": 0.1234, "latency_ms_p99": 0.5,
     }  # fmt: skip
     lines = gpu.shown([timed, row])
-    assert "73,143" in lines[1] and "34.0 %" in lines[1] and "0.20x eager" in lines[1]
+    assert "73,143" in lines[1] and "34.0 %" in lines[1] and "0.123/0.500" in lines[1]
     assert lines[2].endswith("no time left to compile it")
 
 
-def test_samples_rotate(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_rotate(bench_on_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = module("gpu_timing")
     order = []
-    monkeypatch.setattr(gpu, "timed", lambda call, calls: call() or 1.0)
-    found = gpu.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)
+    monkeypatch.setattr(timing, "timed", lambda call, calls: call() or 1.0)
+    found = timing.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)
     assert order[6:] == ["a", "b", "b", "a"]
     assert {name: samples.seconds for name, samples in found.items()} == {"a": (1.0, 1.0), "b": (1.0, 1.0)}
+
+
+def test_cases_come_in_the_order_of_interest(gpu: ModuleType) -> None:
+    """Without compilers first, so that M48 is measured whatever torch.compile takes."""
+    found = gpu.cases(gpu.ARCHS, gpu.BATCHES, True)
+    assert len(found) == 20 + 2 and len(set(found)) == 22
+    assert found[:4] == [("s12", 256, False), ("s12", 1, False), ("m48", 256, False), ("m48", 1, False)]
+    assert [case for case in found if case[2]] == [("s12", 256, True), ("s12", 1, True)]
+    assert not any(compiled for _, _, compiled in gpu.cases(gpu.ARCHS, gpu.BATCHES, False))
+
+
+def test_what_takes_too_long_is_ended(bench_on_path: None) -> None:
+    timing = module("gpu_timing")
+    start = time.monotonic()
+
+    def wait() -> None:
+        with timing.at_most(0.2):
+            while time.monotonic() < start + 30:
+                time.sleep(0.01)
+
+    with pytest.raises(timing.TimeIsUpError, match="not done after 0 s"):
+        wait()
+    assert time.monotonic() < start + 10
+    with timing.at_most(30):
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -1,14 +1,16 @@
-"""``Engine`` on the CPU: padding, splitting, threads, bad input. With CUDA graphs it is tested in `test_gpu.py`."""
+"""``Engine`` on the CPU: padding, splitting, threads, bad input. With CUDA graphs: `test_engine_graphs.py`, and
+`test_gpu.py` on a GPU."""
 
 from __future__ import annotations
 
 import threading
+from typing import ClassVar
 
 import pytest
 import torch
 
 import riformer_kernels
-from riformer_kernels import Engine, InputError, MemoryLimitError, engine
+from riformer_kernels import Engine, InputError, MemoryLimitError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,17 +110,34 @@ def test_new_weights_count(patched):
     assert torch.allclose(found(batch(2)), before + 2, atol=1e-5)
 
 
-def test_a_graphs_state_changes_with_what_it_captured(patched):
-    before = engine._fingerprint(list(patched.modules()))
-    patched.head.fc.bias.data.add_(1)
-    assert engine._fingerprint(list(patched.modules())) == before, "an in-place change is seen by a replay"
-    patched.head.fc.bias = torch.nn.Parameter(patched.head.fc.bias.detach().clone())
-    assert engine._fingerprint(list(patched.modules())) != before
-    before = engine._fingerprint(list(patched.modules()))
-    patched.network[0][0].register_forward_hook(lambda *_: None)
-    with pytest.warns(UserWarning, match="no longer fused"), torch.inference_mode():
-        patched(batch(1))
-    assert engine._fingerprint(list(patched.modules())) != before
+def test_built_in_inference_mode_and_called_outside(patched):
+    with torch.inference_mode():
+        found = Engine(patched, (2,), SIZE)
+        expected = found(batch(2))
+    assert torch.equal(found(batch(2)), expected)
+
+
+def test_images_that_want_gradients(patched):
+    found = Engine(patched, (2,), SIZE)
+    assert torch.equal(found(batch(2).requires_grad_()), found(batch(2)))
+    assert not found.__dict__["_slots"][2, None].images.requires_grad
+
+
+class Elsewhere(torch.Tensor):
+    """A result that lies on another device than the images."""
+
+    moved: ClassVar[list] = []
+
+    def to(self, *arguments, **options):
+        self.moved.append(arguments)
+        return torch.zeros(self.shape)
+
+
+def test_a_batch_of_none_comes_back_to_where_the_images_are(patched, monkeypatch):
+    found = Engine(patched, (2,), SIZE)
+    monkeypatch.setattr(type(patched), "forward", lambda self, x: torch.zeros(len(x), 10).as_subclass(Elsewhere))
+    out = found(batch(0))
+    assert type(out) is torch.Tensor and out.shape == (0, 10) and Elsewhere.moved[-1] == (torch.device("cpu"),)
 
 
 def test_threads_take_turns(patched):

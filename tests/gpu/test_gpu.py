@@ -286,6 +286,7 @@ def test_engine_of_many_threads(patched):
     engine = Engine(model, (1, 4), 96)
     inputs = [images_of(1 + index % 6, 96, torch.bfloat16, seed=index) for index in range(12)]
     expected, wrong = [model_now(model, x) for x in inputs], []
+    torch.cuda.synchronize()  # the threads' streams do not wait for this one, which has made inputs and results
 
     def work(start: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):

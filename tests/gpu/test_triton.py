@@ -125,6 +125,22 @@ def test_of_two_gpus_the_old_one_is_refused_and_the_other_served(monkeypatch):
         backends.choose("triton", torch.device("cuda", 0), torch.float64)
 
 
+def test_without_a_c_compiler_it_is_unusable_and_says_so(monkeypatch):
+    """Triton compiles a launcher for each kernel; without a compiler the first call would fail."""
+    pretend_gpu(monkeypatch, (9, 0))
+    monkeypatch.delenv("CC", raising=False)
+    found: set[str] = set()
+    monkeypatch.setattr(triton.shutil, "which", lambda name: f"/bin/{name}" if name in found else None)
+    assert "neither gcc nor clang was found; install one, or set CC" in triton.unusable()
+    with pytest.raises(BackendError, match=r"triton: Triton needs a C compiler.*cuda: "):
+        backends.choose("auto", torch.device("cuda", 0), torch.bfloat16)
+    found.add("clang")
+    assert triton.unusable() is None
+    found.clear()
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert triton.unusable() is None
+
+
 def test_info_shows_the_backend_and_the_reason():
     from riformer_cli import info
 

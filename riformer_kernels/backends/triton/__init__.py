@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -29,9 +31,16 @@ def _no_triton() -> str | None:
     return None
 
 
+def _no_compiler() -> str | None:
+    """Triton compiles a piece of C for each kernel that it launches, with CC, else with gcc or clang."""
+    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
+        return None
+    return "Triton needs a C compiler to launch kernels, and neither gcc nor clang was found; install one, or set CC"
+
+
 def unusable() -> str | None:
     """Why no tensor on this machine can be served, or None."""
-    return _no_triton() or _devices.no_device(why_not_device)
+    return _no_triton() or _devices.no_device(why_not_device) or _no_compiler()
 
 
 def why_not_device(device: torch.device) -> str | None:

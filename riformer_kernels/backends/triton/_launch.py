@@ -14,6 +14,7 @@ import triton
 
 from ...errors import BackendError, InputError
 from ...ops._library import memory_format_of, needed
+from ...precision import EXACT, products_of_float32
 
 ALIGNMENT = 16
 MOST_PROGRAMS = 2**31 - 1
@@ -146,9 +147,9 @@ def dense_moments(moments: torch.Tensor | None) -> torch.Tensor:
     return needed(moments).to(torch.float32).contiguous()
 
 
-def precision() -> str:
-    """How float32 products are taken: exactly, unless PyTorch itself is told that TF32 will do."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def precision(dtype: torch.dtype) -> str:
+    """How products of ``dtype`` are taken: float32's exactly, unless PyTorch itself is told that TF32 will do."""
+    return products_of_float32() if dtype == torch.float32 else EXACT
 
 
 def block_of(channels: int) -> int:

@@ -101,14 +101,19 @@ def source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
 
+def compiled_kernel(launch: Launch, architecture: int) -> Any:
+    """One launch compiled to machine code for ``architecture``, as Triton has it."""
+    return triton.compile(
+        source(launch),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": launch.settings["num_warps"], "enable_fp_fusion": True},
+    )
+
+
 def compile_launch(launch: Launch, architecture: int) -> Compiled:
     """Compile one launch to machine code for ``architecture`` and read the compiler's figures."""
     warps = launch.settings["num_warps"]
-    compiled = triton.compile(
-        source(launch),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": warps, "enable_fp_fusion": True},
-    )
+    compiled = compiled_kernel(launch, architecture)
     ptx = compiled.asm["ptx"]
     # In this order: PTX for Blackwell and Hopper may name the older instruction as well.
     matrix = next((name for name in ("tcgen05.mma", "wgmma.mma", "mma.sync") if name in ptx), None)

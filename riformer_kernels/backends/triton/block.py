@@ -305,7 +305,7 @@ def _compute(
     maps, statistics = block_maps(x, moments, p)
     partials = None if p.per_position else tile_moments(x, chosen.rows)
     tiles = batch * triton.cdiv(positions, chosen.rows)
-    shared = {"C": channels, "HIDDEN": hidden, "PER_POSITION": p.per_position, "PRECISION": precision()}
+    shared = {"C": channels, "HIDDEN": hidden, "PER_POSITION": p.per_position, "PRECISION": precision(x.dtype)}
     if chosen.fused is not None:
         tile = chosen.fused
         launch(_fused_kernel, tiles, device, x, out, partials, maps, statistics, fc1_weight, fc1_bias, fc2_weight,

@@ -15,7 +15,7 @@ import torch
 
 from ...dtypes import name_of
 
-VERSION = 1
+VERSION = 2
 # Shared memory that one program may use, in bytes (CUDA C++ programming guide, table of compute capabilities).
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 ARCHITECTURES = tuple(SHARED_MEMORY)
@@ -155,7 +155,11 @@ def choose_block(problem: BlockProblem) -> BlockChoice:
     tile = _MATRIX_FLOAT32[_nearest(problem.architecture, _MATRIX_FLOAT32)] if wide else _MATRIX_16_BIT
     tile = replace(tile, rows=_rows(problem.positions, tile.rows))
     # 320 = 5 x 64: a result's columns in pieces of 128 would be a fifth more work.
-    return BlockChoice(None, tile, replace(tile, columns=64) if problem.channels % 128 else tile)
+    project = replace(tile, columns=64) if problem.channels % 128 else tile
+    # With wgmma, z goes from the norm into the product through registers. In a pipelined loop Triton (3.6 and 3.7, see
+    # triton-lang/triton issue 9433) lets the next round write them while the product may still read them.
+    wgmma = not wide and problem.architecture // 10 == 9
+    return BlockChoice(None, replace(tile, stages=1) if wgmma else tile, project)
 
 
 def choose_embed(problem: EmbedProblem) -> MatrixTile:

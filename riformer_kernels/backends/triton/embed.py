@@ -164,7 +164,7 @@ def embed(
     programs = batch * triton.cdiv(positions, tile.rows) * triton.cdiv(channels, tile.columns)
     launch(_conv_kernel, programs, x.device, x, weight, bias, out, partials, height, width, out_width, positions,
            *x.stride(), CIN=inputs, C=channels, KH=kernel_height, KW=kernel_width, STRIDE=stride, PADDING=padding,
-           GATHER=gather, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, PRECISION=precision(),
+           GATHER=gather, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, PRECISION=precision(dtype),
            STAGES=tile.stages, num_warps=tile.warps)  # fmt: skip
     if partials is None:
         return out, torch.empty((batch, 2, 0), dtype=torch.float32, device=x.device)
