@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -23,13 +24,18 @@ HOST = TESTS / "support_ptx" / "host"
 OUT = ROOT / "build" / "ptx"
 # Translation units and the architecture that csrc/cuda/CMakeLists.txt compiles them for.
 UNITS = {"ops": "compute_80", "block": "compute_80", "block_sm80": "compute_80", "block_sm90": "compute_90a"}
-# As there, with CMake's own for a release build of a shared library.
-FLAGS = (
-    "-std=c++17", "--expt-relaxed-constexpr", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden",
-    "-DRIFORMER_SM90",
-)  # fmt: skip
+# CMake's own for a release build of a shared library. What the project adds is read where it stands.
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DRIFORMER_SM90")
+OPTIONS = re.compile(r"target_compile_options\(\$\{target\} PRIVATE ([^)]*)\)")
 LIBRARY = "libriformer_ptx.so"
 NO_NVCC = "nvcc is not installed, which compiles the CUDA kernels to PTX"
+
+
+def flags() -> tuple[str, ...]:
+    """Those of csrc/cuda/CMakeLists.txt for every kernel."""
+    found = OPTIONS.findall((CUDA / "CMakeLists.txt").read_text())
+    assert len(found) == 1, f"csrc/cuda/CMakeLists.txt gives options to every kernel in {len(found)} places"
+    return (*FLAGS, *found[0].split())
 
 
 def _run(command: Sequence[str | Path]) -> None:
@@ -39,7 +45,7 @@ def _run(command: Sequence[str | Path]) -> None:
 
 def _state(nvcc: str) -> str:
     """What the results depend on."""
-    found = hashlib.sha256(repr((FLAGS, UNITS)).encode())
+    found = hashlib.sha256(repr((flags(), UNITS)).encode())
     found.update(subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout)
     for path in sorted((*CUDA.iterdir(), *(ROOT / "csrc" / "common").iterdir(), *HOST.iterdir())):
         found.update(path.name.encode() + path.read_bytes())
@@ -51,7 +57,7 @@ def _unit(nvcc: str, name: str) -> None:
     architecture, kept = UNITS[name], OUT / f"keep-{name}"
     kept.mkdir(exist_ok=True)
     generate = f"-gencode=arch={architecture},code={architecture}"
-    _run([nvcc, *FLAGS, generate, "--keep", "--keep-dir", kept, "-c", CUDA / f"{name}.cu", "-o", OUT / f"{name}.o"])
+    _run([nvcc, *flags(), generate, "--keep", "--keep-dir", kept, "-c", CUDA / f"{name}.cu", "-o", OUT / f"{name}.o"])
     shutil.move(kept / f"{name}.ptx", OUT / f"{name}.ptx")
     shutil.rmtree(kept)
 
