@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt riformer_kernels/__init__.py \
 # Threads that wait in a busy loop make tests several times slower on a machine that does something else as well.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
-.PHONY: demo test test-fast arm-tools bench compare sanitize memcheck lint format clean
+.PHONY: demo test test-fast arm-tools ptx bench compare sanitize memcheck lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -27,6 +27,11 @@ arm-tools:
 	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \
 	  { $(AS_ROOT) apt-get update -qq && $(AS_ROOT) env DEBIAN_FRONTEND=noninteractive \
 	    apt-get install -y -qq --no-install-recommends g++-aarch64-linux-gnu qemu-user; }
+
+# The conformance suite on the PTX of the GPU kernels, interpreted. The part of it that `make test` runs is in
+# tests/gpu/test_ptx_*.py. Needs nvcc for the CUDA kernels, and no GPU.
+ptx: $(VENV)/.test
+	$(PYTEST) tests/conformance/test_conformance.py --target=ptx-cuda --target=ptx-triton
 
 bench: $(VENV)/.test
 	$(PYTEST) bench --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,rounds

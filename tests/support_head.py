@@ -13,6 +13,8 @@ from support_block import Block
 from support_cases import EPS, Expected, check_ratios, draws, tokens
 from support_norm import eager_norm
 
+POOLED = 6000  # scores
+
 
 @dataclass(frozen=True)
 class Head:
@@ -45,10 +47,10 @@ def head_parameters(
 @lru_cache(maxsize=32)
 @torch.no_grad()
 def expected_head(case: Any, classes: int, out_dtype: torch.dtype, bias: bool) -> Expected:
-    """A batch has few scores: draws are pooled until there are 6,000."""
+    """A batch has few scores: draws are pooled until there are enough."""
     flag = case.norm == "ln"
     arguments, eager, golden = [], [], []
-    draw_count = min(64, -(-6000 // (case.batch * classes)))
+    draw_count = min(64, -(-POOLED // (case.batch * classes)))
     for seed in range(case.seed, case.seed + 2 * draw_count, 2):
         x = tokens(case, seed, case.channels)
         p = head_parameters(case.channels, classes, case.parameters or case.dtype, seed, bias)

@@ -1,9 +1,10 @@
 """What the conformance suite runs against. A target says how the ops are called there, and which cases it serves.
 
 The targets are the CPU's kernels (`support_cpu`), the CUDA kernels on the emulator (`support_emulated`), Triton's
-kernels in its interpreter (`support_interpreted`), and both on a GPU (`support_gpu`). ``pytest --target=NAME`` chooses
-one. Without it the suite runs against the CPU, and against the GPU's two where there is a GPU. The emulated and the
-interpreted target need processes of their own, which `tests/gpu/test_cuda.py` and `tests/gpu/test_triton.py` start.
+kernels in its interpreter (`support_interpreted`), the PTX of both, interpreted (`support_ptx_cuda`,
+`support_ptx_triton`), and both on a GPU (`support_gpu`). ``pytest --target=NAME`` chooses one. Without it the suite
+runs against the CPU, and against the GPU's two where there is a GPU. The emulated and the interpreted target need
+processes of their own, which `tests/gpu/test_cuda.py` and `tests/gpu/test_triton.py` start.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ MODULES = {
     "cuda": "support_gpu",
     "emulated": "support_emulated",
     "interpreted": "support_interpreted",
+    "ptx-cuda": "support_ptx_cuda",
+    "ptx-triton": "support_ptx_triton",
 }
 ORDINARY = ("cpu", "triton", "cuda")
 
