@@ -21,7 +21,6 @@ from support_block import OPTIONAL, Block
 from support_cases import DTYPES
 from support_conformance import Head, Moments, Norm, check_op
 from support_embed import DOWNSAMPLE, STEM, Embed
-from support_ptx.memory import PtxError
 from support_ptx_triton import PTX_TRITON as TARGET
 from support_ptx_triton import on, used
 from triton.runtime.jit import JITFunction
@@ -32,11 +31,6 @@ BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 HALF = (BFLOAT16, FLOAT16)
 ARCHITECTURES = (80, 90)
 TOKENS = {BFLOAT16: "*bf16", FLOAT16: "*fp16", FLOAT32: "*fp32"}
-# Triton 3.6 and 3.7 write registers that a wgmma under way still reads (triton-lang/triton issue 9433). Only with
-# GroupNorm: for LayerNorm the compiler does not overlap these products with the next ones.
-HAZARD = pytest.mark.xfail(
-    raises=PtxError, strict=True, reason="_expand_kernel on sm_90 overwrites the A of products that are under way"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -92,14 +86,10 @@ OTHERS = (
     ("block_", Block(64, (9, 7), BFLOAT16, layout="channels_last", batch=1)),
 )  # fmt: skip
 CASES = [
-    pytest.param(Case(op, case, architecture), marks=HAZARD if hazard else (), id=str(Case(op, case, architecture)))
+    Case(op, case, architecture)
     for architecture in ARCHITECTURES
-    for op, case, hazard in (
-        *(("block", case, False) for case in FUSED),
-        *(("block", case, architecture == 90 and case.dtype in HALF and case.norm == "gn") for case in PAIRS),
-        *((op, case, False) for op, case in OTHERS),
-    )
-]  # fmt: skip
+    for op, case in (*(("block", case) for case in (*FUSED, *PAIRS)), *OTHERS)
+]
 # Every kernel of the backend runs on both architectures, and those that see tokens with all their dtypes.
 MODULES = (block, block_maps, embed, head, moments, norm)
 KERNELS = {
@@ -108,7 +98,7 @@ KERNELS = {
 WITH_TOKENS = ("fused_kernel", "expand_kernel", "project_kernel", "conv_kernel", "norm_kernel", "tile_kernel")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_ptx(case):
     case.check()
 
