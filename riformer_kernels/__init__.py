@@ -14,7 +14,7 @@ from .functional import norm_mlp
 from .patching import Handle, Row, patch, unpatch
 from .verification import Comparison, Verification
 
-__version__ = "0.3.0"
+__version__ = "0.3.1"
 
 __all__ = [
     "BackendError", "Comparison", "Engine", "Handle", "InputError", "MemoryLimitError", "PatchError",

@@ -233,7 +233,8 @@ struct BlockInt8 : BlockKernel<T, GemmInt8> {
       multiply_int8(vectors, w2.at(h0, row), chunk, m.hidden, chunk, m.whole);
       for (int vector = 0; vector < vectors; ++vector)
         second_sums(scales + row, row, panel * Gemm::kVectors + vector, h0 == 0, m);
-      for (int64_t c = row; final && c < row + Gemm::kRows; ++c) this->finish(from, to, c, m.sums + (panel * rows2 + c) * kTokens, m);
+      for (int64_t c = row; final && c < row + Gemm::kRows; ++c)
+        this->finish(from, to, c, m.sums + (panel * rows2 + c) * kTokens, m);
     }
   }
 

@@ -61,8 +61,7 @@ struct SplitBlock {
     for (int64_t h0 = 0; h0 < kernel.args.hidden; h0 += kernel.choice.hidden_chunk) {
       const int64_t chunk = kernel.fc2.chunk_channels(h0);
       const int64_t from = begin > h0 ? begin - h0 : 0, to = end - h0 < chunk ? end - h0 : chunk;
-      for (int64_t p = 0; from < to && p < cut.count; ++p)
-        kernel.first_product(h0, from, to, cut, p, nothing, m);
+      for (int64_t p = 0; from < to && p < cut.count; ++p) kernel.first_product(h0, from, to, cut, p, nothing, m);
     }
   }
 
@@ -70,8 +69,7 @@ struct SplitBlock {
     Memory m;
     if (!thread_memory(&m)) return;
     for (int64_t h0 = 0; h0 < kernel.args.hidden; h0 += kernel.choice.hidden_chunk)
-      for (int64_t p = 0; p < cut.count; ++p)
-        kernel.second_product(h0, begin, end, cut, p, m.spans + spans, m);
+      for (int64_t p = 0; p < cut.count; ++p) kernel.second_product(h0, begin, end, cut, p, m.spans + spans, m);
     if (kernel.args.moments_out)
       moments_of_tiles(static_cast<const T*>(kernel.args.out), kernel.tasks.tiles, 0, kernel.tasks.tiles.count(),
                        kernel.args.channels, begin, end, kernel.partial);

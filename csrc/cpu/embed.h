@@ -59,9 +59,9 @@ struct EmbedKernel {
     return task_tokens(task_bytes<Gemm>() / per_token / kTokens * kTokens);
   }
 
-  // The most tokens whose panels the threads share (embed_split.h). With the 49 of a 224 px image the convolution to 512
-  // channels takes 11 % less time then; with the 196 of the one before it takes 8 % more, as the panels pass from one
-  // core's cache to the other's.
+  // The most tokens whose panels the threads share (embed_split.h). With the 49 of a 224 px image the convolution to
+  // 512 channels takes 11 % less time then; with the 196 of the one before it takes 8 % more, as the panels pass from
+  // one core's cache to the other's.
   static constexpr int64_t kMostShared = 100;
 
   int64_t chunks() const { return (args.in_channels + weights.chunk - 1) / weights.chunk; }

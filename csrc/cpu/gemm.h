@@ -11,6 +11,7 @@
 //   kStep              k is padded with zeros to a multiple of this
 //   kRows, kVectors    one call computes kRows rows of weights times up to kVectors vectors of tokens
 //   run<kUsed>(...)    that call, for the first kUsed vectors of the panel; see `multiply`
+//   kFetches           whether there is a run<kUsed, true>, which also fetches the next kRows rows of weights
 //   kMostRest          the most tokens of a tile that is multiplied as a rest (rests.h); 0 for none
 //   add_products(...)  where kMostRest is not 0: products along k; see rests.h
 //   gelu(x)            GELU as exact as results of this product need it
@@ -49,6 +50,9 @@ struct GemmFloat32 : FloatPanel<RIFORMER_GEMM_VECTORS * Vec::kLanes> {
 
   static constexpr bool kFetches = true;
 
+  // With kFetch, a line of each of the next rows is fetched every 16 steps. All of them at once would hold up the
+  // product's own loads: a core can wait for some twenty lines at a time
+  // (bench/notes/2026-11-22-cpu-rests-and-fetching.md).
   template <int kUsed, bool kFetch = false>
   static void run(const Element* weight, int64_t stride, const Element* panel, int64_t depth, float* c,
                   bool accumulate) {
@@ -116,7 +120,9 @@ inline void prefetch_rows(const typename Gemm::Element* weight, int64_t stride, 
 }
 
 // c[kRows][kTokens] = or += kRows rows of weights, `stride` apart, times the panel. Calls the `run` for as many vectors
-// as hold tokens, so that a ragged last panel costs what it holds.
+// as hold tokens, so that a ragged last panel costs what it holds. With `fetch`, the next kRows rows are fetched
+// meanwhile. That is worth its instructions when the weights come from memory, which is for the first panel that they
+// meet: kRows short rows are too many for the hardware to follow.
 template <class Gemm, int kUsed = Gemm::kVectors>
 inline void multiply(int vectors, const typename Gemm::Element* weight, int64_t stride,
                      const typename Gemm::Element* panel, int64_t depth, float* c, bool accumulate, bool fetch) {

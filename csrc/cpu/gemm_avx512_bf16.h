@@ -66,6 +66,7 @@ struct GemmBfloat16 : PairPanel<RIFORMER_GEMM_VECTORS * Vec::kLanes> {
 
   static constexpr bool kFetches = true;
 
+  // kFetch is as in GemmFloat32.
   template <int kUsed, bool kFetch = false>
   static void run(const Element* weight, int64_t stride, const Element* panel, int64_t depth, float* c,
                   bool accumulate) {

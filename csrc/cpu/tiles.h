@@ -57,8 +57,8 @@ struct Tasks {
   }
 };
 
-// The fewest and the most tokens that a task should take, however wide or narrow the widths are. With fewer, reading the
-// weights takes longer than what fits into the caches saves: float32 at C = 512 takes 6 % longer with 96 tokens, at
+// The fewest and the most tokens that a task should take, however wide or narrow the widths are. With fewer, reading
+// the weights takes longer than what fits into the caches saves: float32 at C = 512 takes 5 % longer with 96 tokens, at
 // C = 768 37 % longer with 48 (bench/notes/2026-11-22-cpu-rests-and-fetching.md).
 constexpr int64_t kLeastTaskTokens = 240, kMostTaskTokens = 400;
 
@@ -66,8 +66,8 @@ inline int64_t task_tokens(int64_t fit) {
   return fit < kLeastTaskTokens ? kLeastTaskTokens : (fit < kMostTaskTokens ? fit : kMostTaskTokens);
 }
 
-// Whether the threads should share the channels and not the tokens: with less than a task of tokens for each thread, all
-// of them would read all weights, which takes most of the time at batch 1 (bench/notes/2026-11-21-cpu-batch-1.md).
+// Whether the threads should share the channels and not the tokens: with less than a task of tokens for each thread,
+// all of them would read all weights, which takes most of the time at batch 1 (bench/notes/2026-11-21-cpu-batch-1.md).
 inline bool few_tokens(const Tasks& tasks, int64_t threads, int64_t most = kMostTaskTokens) {
   return threads > 1 && tasks.count <= threads && tasks.tiles.batch * tasks.tiles.positions <= most;
 }
@@ -81,8 +81,8 @@ struct Span {
 // How the tokens of the tiles [first, last), a task, are cut into panels of at most `size` tokens.
 //
 // The first `whole` panels hold all tokens but the rests. All of them are full but the last two, which get the same
-// number of vectors, or nearly: a product of a single vector takes two thirds of the time of one of two, as its few sums
-// wait for each other (bench/notes/2026-11-21-cpu-network.md). The panels [whole, count) hold the rests.
+// number of vectors, or nearly: a product of a single vector takes two thirds of the time of one of two, as its few
+// sums wait for each other (bench/notes/2026-11-21-cpu-network.md). The panels [whole, count) hold the rests.
 struct Panels {
   const Tiles& tiles;
   int64_t first, last;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -155,10 +156,14 @@ def test_values_that_overflow(isa, dtype, value):
 @per_isa
 @per_dtype
 def test_threads(isa, dtype):
-    case = Block(24, (17, 20), dtype)
-    x, parameters = tokens(case, 0, 24), block_parameters(case, 0)
-    expected = CPU.block(x, parameters)
-    for count in (2, 4):
-        with threads(count):
-            for found, wanted in zip(CPU.block(x, parameters), expected, strict=True):
-                assert torch.equal(found, wanted)
+    """The threads share the tokens of the larger image, and the channels of the smaller ones."""
+    block, small, embed = Block(24, (17, 20), dtype), Block(24, (7, 7), dtype, batch=2), Embed(96, 40, size=(14, 14))
+    calls = [partial(CPU.block, tokens(case, 0, 24), block_parameters(case, 0)) for case in (block, small)]
+    case = replace(embed, dtype=dtype, batch=1)
+    calls.append(partial(CPU.embed, tokens(case, 0, 96), embed_parameters(case, 0), dtype))
+    for call in calls:
+        expected = call()
+        for count in (2, 4):
+            with threads(count):
+                for found, wanted in zip(call(), expected, strict=True):
+                    assert torch.equal(found, wanted)
